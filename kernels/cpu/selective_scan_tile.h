@@ -1,0 +1,258 @@
+// The selective scan on a CPU: channels across lanes, tokens in order.
+//
+// A task is one batch entry times a few neighbouring tiles of kLanes channels of one group. It keeps their states,
+// tiles x states x kLanes floats, in the first-level cache and walks the tokens a chunk at a time; for each chunk it
+//   loads  B and C, to fp32; then for each tile
+//   loads  u and delta, to fp32; softplus
+//   scans  for each token, for each state: s = exp2(Delta A') s + (Delta u) B, y += C s    with A' = A log2(e)
+//   stores y, gated by z, in the io type
+// Nothing is shared between tasks and no sum runs across lanes, so the result depends neither on the number of threads
+// nor on the number of tiles in a task.
+//
+// One translation unit for each instruction set includes this file and exports one RunTask (isa.h). Everything here is
+// in an unnamed namespace, so that no linker can put one's code into another's.
+#ifndef VIM_CPU_SELECTIVE_SCAN_TILE_H_
+#define VIM_CPU_SELECTIVE_SCAN_TILE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/math.h"
+#include "vim/selective_scan.h"
+
+namespace vim::cpu {
+namespace {
+
+constexpr int kChunkTokens = 32;
+constexpr int kChunkStates = 2048;  // tokens x states of B, and of C, held as fp32: 8 KiB each
+
+template <int kWidth>
+struct Float32 {
+  using Type = float;
+  using Float = typename Vector<kWidth>::Float;
+  static VIM_INLINE Float Load(const float* from) {
+    Float x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+  }
+  static VIM_INLINE void Store(float* to, Float x) { std::memcpy(to, &x, sizeof x); }
+};
+
+template <int kWidth>
+struct Bits16 {
+  using Word = typename Vector<kWidth>::Word;
+  using Half = typename Vector<kWidth>::Half;
+  static VIM_INLINE Word Load(const uint16_t* from) {
+    Half x;
+    std::memcpy(&x, from, sizeof x);
+    return __builtin_convertvector(x, Word);
+  }
+  static VIM_INLINE void Store(uint16_t* to, Word x) {
+    const Half half = __builtin_convertvector(x, Half);
+    std::memcpy(to, &half, sizeof half);
+  }
+};
+
+template <int kWidth>
+struct Float16 {
+  using Type = uint16_t;
+  using Float = typename Vector<kWidth>::Float;
+  static VIM_INLINE Float Load(const uint16_t* from) { return FromHalf<Float>(Bits16<kWidth>::Load(from)); }
+  static VIM_INLINE void Store(uint16_t* to, Float x) { Bits16<kWidth>::Store(to, ToHalf(x)); }
+};
+
+template <int kWidth>
+struct Bfloat16 {
+  using Type = uint16_t;
+  using Float = typename Vector<kWidth>::Float;
+  static VIM_INLINE Float Load(const uint16_t* from) { return FromBfloat16<Float>(Bits16<kWidth>::Load(from)); }
+  static VIM_INLINE void Store(uint16_t* to, Float x) { Bits16<kWidth>::Store(to, ToBfloat16(x)); }
+};
+
+// One value for each channel of a tile; lanes past the last channel hold zeros.
+template <int kWidth>
+struct Row {
+  typename Vector<kWidth>::Float part[kLanes / kWidth];
+};
+
+// What a task holds. Rows of A and of the state: tile after tile, state after state.
+template <int kWidth>
+struct Workspace {
+  Row<kWidth> A[kMaxRows];  // times log2(e), so that the scan needs exp2 only
+  Row<kWidth> state[kMaxRows];
+  Row<kWidth> bias[kMaxTiles], skip[kMaxTiles];
+  Row<kWidth> u[kChunkTokens];  // becomes y
+  Row<kWidth> delta[kChunkTokens];
+  float B[kChunkStates], C[kChunkStates];
+};
+
+template <typename Io, int kWidth>
+VIM_INLINE Row<kWidth> LoadRow(const typename Io::Type* from, int count) {
+  typename Io::Type padded[kLanes];
+  if (count < kLanes) {
+    std::memset(padded, 0, sizeof padded);
+    for (int i = 0; i < count; ++i) padded[i] = from[i];
+    from = padded;
+  }
+  Row<kWidth> row;
+  for (int p = 0; p < kLanes / kWidth; ++p) row.part[p] = Io::Load(from + p * kWidth);
+  return row;
+}
+
+template <typename Io, int kWidth>
+VIM_INLINE void StoreRow(typename Io::Type* to, const Row<kWidth>& row, int count) {
+  typename Io::Type padded[kLanes];
+  typename Io::Type* const whole = count < kLanes ? padded : to;
+  for (int p = 0; p < kLanes / kWidth; ++p) Io::Store(whole + p * kWidth, row.part[p]);
+  if (count < kLanes)
+    for (int i = 0; i < count; ++i) to[i] = padded[i];
+}
+
+template <typename Io, int kWidth>
+VIM_INLINE void LoadStates(float* to, const typename Io::Type* from, int tokens, int states, int64_t token_stride) {
+  using Exact = Float32<kWidth>;
+  for (int t = 0; t < tokens; ++t) {
+    int n = 0;
+    for (; n + kWidth <= states; n += kWidth) Exact::Store(to + n, Io::Load(from + n));
+    if (n < states) {
+      typename Io::Type padded[kWidth] = {};
+      float rest[kWidth];
+      for (int i = n; i < states; ++i) padded[i - n] = from[i];
+      Exact::Store(rest, Io::Load(padded));
+      for (int i = n; i < states; ++i) to[i] = rest[i - n];
+    }
+    to += states;
+    from += token_stride;
+  }
+}
+
+// y (in the place of u) = D u + <C, s> for each token of the chunk, and the state moved on.
+template <int kWidth>
+VIM_INLINE void ScanChunk(Workspace<kWidth>& work, int tile, int tokens, int states) {
+  using Float = typename Vector<kWidth>::Float;
+  constexpr int kParts = kLanes / kWidth;
+  const Row<kWidth>* const A = work.A + tile * states;
+  Row<kWidth>* const state = work.state + tile * states;
+  for (int t = 0; t < tokens; ++t) {
+    const float* const B = work.B + t * states;
+    const float* const C = work.C + t * states;
+    Float delta[kParts], delta_u[kParts], y[kParts];
+    for (int p = 0; p < kParts; ++p) {
+      const Float u = work.u[t].part[p];
+      delta[p] = work.delta[t].part[p];
+      delta_u[p] = delta[p] * u;
+      y[p] = work.skip[tile].part[p] * u;
+    }
+    for (int n = 0; n < states; ++n) {
+      for (int p = 0; p < kParts; ++p) {
+        const Float s = Exp2(delta[p] * A[n].part[p]) * state[n].part[p] + delta_u[p] * B[n];
+        state[n].part[p] = s;
+        y[p] += s * C[n];
+      }
+    }
+    for (int p = 0; p < kParts; ++p) work.u[t].part[p] = y[p];
+  }
+}
+
+template <typename Io, int kWidth>
+VIM_INLINE void RunTiles(const Scan& scan, int64_t batch, int64_t group, int64_t first_tile) {
+  using T = typename Io::Type;
+  using Exact = Float32<kWidth>;
+  constexpr int kParts = kLanes / kWidth;
+  const vim_selective_scan_desc& desc = *scan.desc;
+  const vim_selective_scan_args& args = *scan.args;
+  const int states = static_cast<int>(desc.states);
+  const int64_t group_channels = desc.channels / desc.groups;
+  const int64_t channel = group * group_channels + first_tile * kLanes;
+  const int64_t left = group_channels - first_tile * kLanes;
+  const int channels = static_cast<int>(left < scan.tiles_per_task * kLanes ? left : scan.tiles_per_task * kLanes);
+  const int tiles = (channels + kLanes - 1) / kLanes;
+  const auto lanes_of = [&](int tile) { return channels - tile * kLanes < kLanes ? channels - tile * kLanes : kLanes; };
+
+  Workspace<kWidth> work;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int64_t at = channel + tile * kLanes;
+    const int lanes = lanes_of(tile);
+    for (int n = 0; n < states; ++n) {
+      float column[kLanes] = {};
+      for (int i = 0; i < lanes; ++i) column[i] = args.A[(at + i) * states + n] * 1.44269504f;
+      work.A[tile * states + n] = LoadRow<Exact, kWidth>(column, kLanes);
+      work.state[tile * states + n] = {};
+    }
+    work.bias[tile] = desc.has_delta_bias ? LoadRow<Exact, kWidth>(args.delta_bias + at, lanes) : Row<kWidth>{};
+    work.skip[tile] = desc.has_D ? LoadRow<Exact, kWidth>(args.D + at, lanes) : Row<kWidth>{};
+  }
+
+  // Reverse is the same walk from the other end.
+  const int64_t start = desc.reverse ? desc.length - 1 : 0;
+  const int64_t direction = desc.reverse ? -1 : 1;
+  const auto first = [&](const void* data, int64_t batch_stride, int64_t token_stride, int64_t offset) {
+    return static_cast<const T*>(data) + batch * batch_stride + start * token_stride + offset;
+  };
+  const T* const u = first(args.u, desc.u_batch_stride, desc.u_token_stride, channel);
+  const T* const delta = first(args.delta, desc.delta_batch_stride, desc.delta_token_stride, channel);
+  const T* const z = desc.has_z ? first(args.z, desc.z_batch_stride, desc.z_token_stride, channel) : nullptr;
+  const T* const B = first(args.B, desc.B_batch_stride, desc.B_token_stride, group * desc.B_group_stride);
+  const T* const C = first(args.C, desc.C_batch_stride, desc.C_token_stride, group * desc.C_group_stride);
+  T* const y = static_cast<T*>(args.y) + batch * desc.y_batch_stride + start * desc.y_token_stride + channel;
+  const int64_t u_stride = direction * desc.u_token_stride;
+  const int64_t delta_stride = direction * desc.delta_token_stride;
+  const int64_t z_stride = direction * desc.z_token_stride;
+  const int64_t B_stride = direction * desc.B_token_stride;
+  const int64_t C_stride = direction * desc.C_token_stride;
+  const int64_t y_stride = direction * desc.y_token_stride;
+
+  const int chunk = states * kChunkTokens <= kChunkStates ? kChunkTokens : kChunkStates / states;
+  for (int64_t done = 0; done < desc.length; done += chunk) {
+    const int tokens = static_cast<int>(desc.length - done < chunk ? desc.length - done : chunk);
+    LoadStates<Io, kWidth>(work.B, B + done * B_stride, tokens, states, B_stride);
+    LoadStates<Io, kWidth>(work.C, C + done * C_stride, tokens, states, C_stride);
+
+    for (int tile = 0; tile < tiles; ++tile) {
+      const int offset = tile * kLanes;
+      const int lanes = lanes_of(tile);
+      for (int t = 0; t < tokens; ++t) {
+        work.u[t] = LoadRow<Io, kWidth>(u + (done + t) * u_stride + offset, lanes);
+        work.delta[t] = LoadRow<Io, kWidth>(delta + (done + t) * delta_stride + offset, lanes);
+        for (int p = 0; p < kParts; ++p) {
+          const auto x = work.delta[t].part[p] + work.bias[tile].part[p];
+          work.delta[t].part[p] = desc.delta_softplus ? Softplus(x) : x;
+        }
+      }
+
+      ScanChunk<kWidth>(work, tile, tokens, states);
+
+      for (int t = 0; t < tokens; ++t) {
+        if (z != nullptr) {
+          const auto gate = LoadRow<Io, kWidth>(z + (done + t) * z_stride + offset, lanes);
+          for (int p = 0; p < kParts; ++p) work.u[t].part[p] *= Silu(gate.part[p]);
+        }
+        StoreRow<Io, kWidth>(y + (done + t) * y_stride + offset, work.u[t], lanes);
+      }
+    }
+  }
+}
+
+template <int kWidth>
+VIM_INLINE void RunTaskOfWidth(const Scan& scan, size_t index) {
+  const int64_t task_of_group = static_cast<int64_t>(index) % scan.tasks_per_group;
+  const int64_t rest = static_cast<int64_t>(index) / scan.tasks_per_group;
+  const int64_t group = rest % scan.desc->groups;
+  const int64_t batch = rest / scan.desc->groups;
+  const int64_t first_tile = task_of_group * scan.tiles_per_task;
+  switch (scan.desc->io) {
+    case VIM_F32:
+      return RunTiles<Float32<kWidth>, kWidth>(scan, batch, group, first_tile);
+    case VIM_F16:
+      return RunTiles<Float16<kWidth>, kWidth>(scan, batch, group, first_tile);
+    default:
+      return RunTiles<Bfloat16<kWidth>, kWidth>(scan, batch, group, first_tile);
+  }
+}
+
+}  // namespace
+}  // namespace vim::cpu
+
+#endif  // VIM_CPU_SELECTIVE_SCAN_TILE_H_

@@ -1,0 +1,5 @@
+"""`python -m vimdeploy`."""
+
+from vimdeploy.cli.main import main
+
+main()

@@ -1,0 +1,125 @@
+"""What commands print: results to stdout, progress and notices to stderr, JSON when asked, plain off a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from vimdeploy.verify.parity import ParityReport
+
+
+def out() -> Console:
+    """Results go here."""
+    return Console(highlight=False, soft_wrap=not Console().is_terminal)
+
+
+def err() -> Console:
+    """Progress and notices go here, so `--json` output stays machine-readable."""
+    return Console(stderr=True, highlight=False)
+
+
+def progress() -> Progress:
+    """A progress display on stderr: shown on a terminal, silent elsewhere."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TimeElapsedColumn(),
+        console=err(),
+        transient=True,
+        disable=not err().is_terminal,
+    )
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[str] = ()) -> Table:
+    """A plain table; the columns named in `right` are aligned right."""
+    result = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it: relative where it lies below the current folder."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def emit_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def json_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(function)
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """A spinner on stderr that names what is being done now; on a terminal only."""
+    console = err()
+    if not console.is_terminal:
+        yield lambda text: None
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(text)
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, in two columns without a header."""
+    result = Table(box=None, pad_edge=False, show_header=False)
+    result.add_column(style="dim")
+    result.add_column(overflow="fold")
+    for name, value in pairs:
+        result.add_row(name, value)
+    return result
+
+
+def parity(report: ParityReport) -> None:
+    """The parity table: one line a comparison, then what failed and what was left out."""
+    console = out()
+
+    def top1(value: float | None) -> str:
+        return "-" if value is None else f"{value:.1%}"
+
+    console.print(f"Parity of {report.artifact} ({report.precision}) with {report.reference}")
+    rows = [
+        (
+            "[green]pass[/green]" if row.passed else "[red]FAIL[/red]",
+            row.runtime,
+            row.images,
+            row.output,
+            f"{row.errors.max_abs:.1e}",
+            f"{row.errors.rel_rms:.1e}",
+            f"{row.errors.cosine:.7f}",
+            top1(row.errors.top1),
+        )
+        for row in report.rows
+    ]
+    right = ("max abs", "rel rms", "cosine", "top-1")
+    console.print(table(("", "runtime", "images", "output", *right), rows, right=right))
+    for runtime, text in dict.fromkeys((row.runtime, row.description) for row in report.rows):
+        console.print(f"{runtime}: {text}", style="dim")
+    for limit in dict.fromkeys(row.tolerance for row in report.rows):
+        bounds = [f"rel rms {limit.rel_rms:.1e}", f"cosine {limit.cosine:.7f}"]
+        bounds = ([f"max abs {limit.max_abs:.0e}"] if limit.max_abs is not None else []) + bounds
+        console.print(f"allowed: {', '.join(bounds)} ({limit.reason})", style="dim")
+    for row in report.rows:
+        for failure in row.failures:
+            console.print(f"FAIL {row.runtime}, {row.images} images, {row.output}: {failure}", style="red")
+    for runtime, reason in report.skipped:
+        console.print(f"not compared: {runtime}: {reason}", style="yellow")
+    for notice in report.notices:
+        console.print(f"note: {notice}", style="yellow")

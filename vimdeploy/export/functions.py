@@ -1,0 +1,174 @@
+"""What `vim::SelectiveScan` means in standard operators: a model-local function for runtimes without the library.
+
+Two bodies, chosen at export with `--fallback`:
+
+- ``scan``: one ONNX Scan over the tokens; any runtime, any length.
+- ``linear-attention``: com.microsoft LinearAttention (ONNX Runtime 1.30 and later) with one query head a group, one
+  key/value head a channel, d_k = states, d_v = 1, decay = dt A in log space (runtimes-and-toolkits.md 0.2).
+
+A body is written for one model: which optional inputs its nodes carry, its io type, its channels. `reverse` stays an
+attribute: the body turns the sequences around with Slices whose bounds are computed from it, and constant folding
+leaves nothing of that for a forward scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+from onnx import parser
+
+from vimdeploy.export import schema
+
+FALLBACKS = ("scan", "linear-attention", "none")
+_IO = {ir.DataType.FLOAT: onnx.TensorProto.FLOAT, ir.DataType.FLOAT16: onnx.TensorProto.FLOAT16}
+_IO |= {ir.DataType.BFLOAT16: onnx.TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class ScanSignature:
+    """What every scan node of one model has in common."""
+
+    io: ir.DataType
+    channels: int
+    states: int
+    groups: int
+    has: tuple[bool, bool, bool]  # D, z, delta_bias
+
+    @classmethod
+    def of(cls, node: ir.Node) -> ScanSignature:
+        """Read from one node whose A is an initializer and whose B comes from an Unsqueeze or has a known shape."""
+        present = [i < len(node.inputs) and node.inputs[i] is not None for i in (5, 6, 7)]
+        a, b, u = node.inputs[2], node.inputs[3], node.inputs[0]
+        assert a is not None and a.shape is not None and u is not None
+        groups = b.shape[2] if b is not None and b.shape is not None else 1
+        channels, states = (int(d) for d in a.shape)  # type: ignore[arg-type]
+        dtype = u.dtype or ir.DataType.FLOAT
+        return cls(dtype, channels, states, int(groups), (present[0], present[1], present[2]))  # type: ignore[arg-type]
+
+
+def function_body(kind: str, signature: ScanSignature, opset: int) -> ir.Function:
+    """The function of `kind` ("scan" or "linear-attention") for nodes of this signature, in the given opset."""
+    has_D, has_z, has_bias = signature.has
+    io = _IO[signature.io]
+    low = io != onnx.TensorProto.FLOAT
+
+    def wide(name: str) -> str:  # the value in fp32, named <name>32
+        return f"{name}32 = {f'Cast <to = 1> ({name})' if low else f'Identity ({name})'}"
+
+    lines = [wide(name) for name in ("u", "delta", "B", "C", *(("z",) if has_z else ()))]
+    lines += [
+        f"dt_raw = {'Add (delta32, delta_bias)' if has_bias else 'Identity (delta32)'}",
+        # softplus only where the attribute says so; both sides are cheap beside the scan
+        "soft = Softplus (dt_raw)",
+        "want = Constant <value_int: int = @delta_softplus> ()",
+        "want_soft = Cast <to = 9> (want)",
+        "dt = Where (want_soft, soft, dt_raw)",
+        "dtu = Mul (dt, u32)",
+        # step = 1 - 2 reverse, start = -reverse: the whole axis, forward or backward
+        "r = Constant <value_int: int = @reverse> ()",
+        "one_vector = Constant <value_ints = [1]> ()",
+        "two = Constant <value_ints = [2]> ()",
+        "huge = Constant <value_ints = [2147483647]> ()",
+        "rv = Reshape (r, one_vector)",
+        "start = Neg (rv)",
+        "twice = Mul (rv, two)",
+        "step = Sub (one_vector, twice)",
+        "end = Mul (step, huge)",
+        "token_axis = Identity (one_vector)",
+        *(
+            f"{x}_seq = Slice ({y}, start, end, token_axis, step)"
+            for x, y in (("dt", "dt"), ("dtu", "dtu"), ("B", "B32"), ("C", "C32"))
+        ),
+        *(_SCAN if kind == "scan" else _LINEAR_ATTENTION),
+        "y_scan = Slice (y_seq, start, end, token_axis, step)",
+    ]
+    lines += ["skip = Mul (u32, D)", "y_skip = Add (y_scan, skip)"] if has_D else ["y_skip = Identity (y_scan)"]
+    if has_z:
+        lines += ["z_gate = Sigmoid (z32)", "z_silu = Mul (z32, z_gate)", "y32 = Mul (y_skip, z_silu)"]
+    else:
+        lines += ["y32 = Identity (y_skip)"]
+    lines += [f"y = {f'Cast <to = {io}> (y32)' if low else 'Identity (y32)'}"]
+
+    body = "\n".join(lines).format(
+        channels=signature.channels,
+        groups=signature.groups,
+        states=signature.states,
+        wide_channels=signature.channels * signature.states,
+        group_states=signature.groups * signature.states,
+        group_channels=signature.channels // signature.groups,
+    )
+    domains = f'"" : {opset}' + (', "com.microsoft" : 1' if kind == "linear-attention" else "")
+    proto = parser.parse_function(
+        f'<domain: "{schema.DOMAIN}", opset_import: [{domains}]>\n'
+        f'{schema.OP} <delta_softplus: int = 1, reverse: int = 0, plugin_namespace: string = "vim", '
+        f'plugin_version: string = "1"> ({", ".join(schema.INPUTS)}) => (y)\n{{\n{body}\n}}'
+    )
+    proto.doc_string = f"vim::SelectiveScan in standard operators ({kind}), for runtimes without vimdeploy's library."
+    return ir.serde.deserialize_function(proto)
+
+
+# State (batch, groups, channels of a group, states). Everything the loop body reads besides its own slices it takes
+# from the enclosing scope.
+_SCAN = (
+    "group_shape = Constant <value_ints = [0, 0, {groups}, {group_channels}]> ()",
+    "dt_g = Reshape (dt_seq, group_shape)",
+    "dtu_g = Reshape (dtu_seq, group_shape)",
+    "a_shape = Constant <value_ints = [{groups}, {group_channels}, {states}]> ()",
+    "A_g = Reshape (A, a_shape)",
+    "last = Constant <value_ints = [-1]> ()",
+    "row = Constant <value_ints = [-2]> ()",
+    "batch = Shape <start = 0, end = 1> (u32)",
+    "state_shape = Concat <axis = 0> (batch, a_shape)",
+    "s_0 = ConstantOfShape <value = float[1] {{0.0}}> (state_shape)",
+    """s_n, y_g = Scan <num_scan_inputs = 4, scan_input_axes = [1, 1, 1, 1], scan_output_axes = [1],
+        body = recurrence (float[b, g, d, n] s_in, float[b, g, d] dt_t, float[b, g, d] dtu_t,
+                           float[b, g, n] B_t, float[b, g, n] C_t)
+               => (float[b, g, d, n] s_out, float[b, g, d] y_t) {{
+            dt_c = Unsqueeze (dt_t, last)
+            exponent = Mul (dt_c, A_g)
+            decay = Exp (exponent)
+            kept = Mul (decay, s_in)
+            dtu_c = Unsqueeze (dtu_t, last)
+            B_r = Unsqueeze (B_t, row)
+            gained = Mul (dtu_c, B_r)
+            s_out = Add (kept, gained)
+            C_c = Unsqueeze (C_t, last)
+            y_c = MatMul (s_out, C_c)
+            y_t = Squeeze (y_c, last)
+        }}> (s_0, dt_g, dtu_g, B_seq, C_seq)""",
+    "flat_shape = Constant <value_ints = [0, 0, {channels}]> ()",
+    "y_seq = Reshape (y_g, flat_shape)",
+)
+
+_LINEAR_ATTENTION = (
+    "three = Constant <value_ints = [3]> ()",
+    "last = Constant <value_ints = [-1]> ()",
+    "dt_c = Unsqueeze (dt_seq, last)",
+    "exponent = Mul (dt_c, A)",
+    "decay_shape = Constant <value_ints = [0, 0, {wide_channels}]> ()",
+    "decay = Reshape (exponent, decay_shape)",
+    "query_shape = Constant <value_ints = [0, 0, {group_states}]> ()",
+    "query = Reshape (C_seq, query_shape)",
+    "B_row = Unsqueeze (B_seq, three)",
+    "key_tile = Constant <value_ints = [1, 1, {groups}, {group_channels}, {states}]> ()",
+    "key_full = Expand (B_row, key_tile)",
+    "key = Reshape (key_full, decay_shape)",
+    """y_seq, state_n = com.microsoft.LinearAttention <q_num_heads = {groups}, kv_num_heads = {channels},
+        update_rule = "gated", scale = 1.0> (query, key, dtu_seq, , decay)""",
+)
+
+
+def attach(model: ir.Model, kind: str) -> None:
+    """Put the function body of `kind` into the model, in place; "none" puts none."""
+    if kind == "none":
+        return
+    nodes = [n for n in model.graph if n.domain == schema.DOMAIN and n.op_type == schema.OP]
+    signatures = {ScanSignature.of(node) for node in nodes}
+    if len(signatures) != 1:
+        raise AssertionError(f"the scans of one model differ: {signatures}")
+    function = function_body(kind, signatures.pop(), model.opset_imports[""])
+    model.functions[function.identifier()] = function
+    if kind == "linear-attention":
+        model.opset_imports["com.microsoft"] = 1

@@ -1,0 +1,1 @@
+"""The reference network, its variants, and the files its weights come in."""

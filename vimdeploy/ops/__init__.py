@@ -1,0 +1,1 @@
+"""Operators: the selective scan for PyTorch, on CPU and CUDA."""

@@ -1,0 +1,135 @@
+"""ONNX Runtime on the CPU, with vimdeploy's op library or on the file's own function body."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vimdeploy.bundle import read_info
+from vimdeploy.errors import ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.runtimes.base import Session, TensorSpec
+
+TYPES: dict[str, np.dtype] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+    "tensor(double)": np.dtype(np.float64),
+}
+# ONNX Runtime logs what it also raises; the exception is turned into our message, the log would only repeat it.
+FATAL_ONLY = 4
+
+
+class NoFunctionBody(RuntimeMissing):
+    """The file leaves its vim:: operators to an op library, and none is loaded."""
+
+
+class OrtSession(Session):
+    """A model file in ONNX Runtime, CPU.
+
+    ``library``: the op library to register, or None to run the op's function body from the file. ``threads``: for the
+    operators; None lets the runtime choose. ``optimize=False`` turns graph optimisations off.
+
+    Raises RuntimeMissing when onnxruntime is not installed or the library cannot be loaded, NoFunctionBody when there
+    is neither a library nor a function body; ModelFileError when the file is missing, damaged, not a Vision Mamba of
+    vimdeploy, or not runnable.
+    """
+
+    def __init__(self, model: Path, *, library: Path | None, threads: int | None = None, optimize: bool = True) -> None:
+        ort = _import()
+        if threads is not None and threads < 1:
+            raise UsageError(f"threads must be at least 1, not {threads}")
+        # Before ONNX Runtime sees the file: its own words for a file that is no model are no help.
+        self.info = read_info(model)
+        options = ort.SessionOptions()
+        options.log_severity_level = FATAL_ONLY
+        options.intra_op_num_threads = threads or 0
+        levels = ort.GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
+        if library is not None:
+            _register(ort, options, library)
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
+            raise _of_load_error(model, library, error) from error
+        self.inputs = {node.name: _spec(node, model) for node in self._session.get_inputs()}
+        self.outputs = {node.name: _spec(node, model) for node in self._session.get_outputs()}
+        if len(self.inputs) != 1:
+            raise ModelFileError(
+                f"{model} has {len(self.inputs)} inputs ({', '.join(self.inputs)}); a Vim has one, the images",
+                hint="export it again with `vimdeploy export CKPT`",
+            )
+        self._options = ort.RunOptions()
+        self._options.log_severity_level = FATAL_ONLY
+        how = "vim op library" if library is not None else f"function body ({self.info.fallback}), no op library"
+        self._description = f"onnxruntime {ort.__version__} CPU, {how}"
+
+    def _run(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        (name,) = self.inputs
+        try:
+            values = self._session.run(None, {name: batch}, self._options)
+        except Exception as error:
+            raise ModelFileError(
+                f"ONNX Runtime could not run the model on a batch of {batch.shape[0]}: {_first_line(error)}",
+                hint="try a smaller batch, or check the file with `vimdeploy verify parity`",
+            ) from error
+        return dict(zip(self.outputs, values, strict=True))
+
+    def describe(self) -> str:
+        return self._description
+
+    def close(self) -> None:
+        super().close()
+        self._session = None
+
+
+def _import() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise RuntimeMissing(
+            f"ONNX Runtime is not installed ({error})", hint="pip install 'vimdeploy[onnxruntime]'"
+        ) from error
+    return onnxruntime
+
+
+def _register(ort: Any, options: Any, library: Path) -> None:
+    if not library.is_file():
+        raise RuntimeMissing(f"the op library {library} is not a file", hint="name the built library")
+    try:
+        options.register_custom_ops_library(str(library))
+    except Exception as error:
+        raise RuntimeMissing(
+            f"ONNX Runtime {ort.__version__} could not load the op library {library}: {_first_line(error)}",
+            hint="rebuild it for this host, or run the function body instead (--no-library)",
+        ) from error
+
+
+def _of_load_error(model: Path, library: Path | None, error: Exception) -> ModelFileError | RuntimeMissing:
+    text = str(error)
+    if "is not a registered function/op" in text and "vim" in text:
+        if library is None:
+            return NoFunctionBody(
+                f"{model} carries no function body for its vim:: operators, and no op library is loaded",
+                hint="run it with the op library, or export it with --fallback scan",
+            )
+        return RuntimeMissing(
+            f"the op library {library} lacks an operator of {model}: {_first_line(error)}",
+            hint="use the library of the vimdeploy version that made the file, or export again",
+        )
+    return ModelFileError(
+        f"ONNX Runtime cannot load {model}: {_first_line(error)}", hint="export it again with `vimdeploy export CKPT`"
+    )
+
+
+def _spec(node: Any, model: Path) -> TensorSpec:
+    if node.type not in TYPES:
+        raise ModelFileError(
+            f"{model}: {node.name} is a {node.type}, which cannot be exchanged with numpy",
+            hint="export it with fp32 inputs and outputs",
+        )
+    return TensorSpec(tuple(side if isinstance(side, int) else None for side in node.shape), TYPES[node.type])
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
