@@ -101,10 +101,11 @@ def read_info(model: Path) -> ModelInfo:
     return ModelInfo.from_props({p.key: p.value for p in proto.metadata_props}, str(model))
 
 
-def resolve_artifact(path: str | Path | None, folder: Path | None = None) -> Path:
+def resolve_artifact(path: str | Path | None, folder: Path | None = None, *, plan: bool = False) -> Path:
     """The model file meant by `path`: a file as it is, a `.vim` folder's model, or the one folder here when None.
 
-    Raises UsageError when there is none or more than one to choose from, ModelFileError when it lacks its model.
+    `plan`: of a folder the one TensorRT plan is meant, not the ONNX file. Raises
+    UsageError when there is none or more than one to choose from, ModelFileError when it lacks its model.
     """
     if path is None:
         here = folder or Path.cwd()
@@ -117,6 +118,15 @@ def resolve_artifact(path: str | Path | None, folder: Path | None = None) -> Pat
             )
         path = found[0]
     path = Path(path)
+    if path.is_dir() and plan:
+        plans = plans_in(path)
+        if len(plans) != 1:
+            names = ", ".join(p.name for p in plans)
+            raise UsageError(
+                f"{path} holds {len(plans)} plans: {names}" if plans else f"{path} holds no plan",
+                hint="name the one you mean" if plans else "make one with `vimdeploy build-engine`",
+            )
+        return plans[0]
     if path.is_dir():
         if not (path / MODEL_FILE).is_file():
             raise ModelFileError(f"{path} holds no {MODEL_FILE}", hint="make it again with `vimdeploy export CKPT`")
@@ -124,6 +134,11 @@ def resolve_artifact(path: str | Path | None, folder: Path | None = None) -> Pat
     if not path.exists():
         raise UsageError(f"{path} does not exist", hint="make one with `vimdeploy export CKPT`")
     return path
+
+
+def plans_in(folder: Path) -> list[Path]:
+    """The TensorRT plans in a `.vim` folder."""
+    return sorted(path for path in folder.glob("*.plan") if path.is_file() and not path.name.startswith("."))
 
 
 def read_manifest(model: Path) -> dict[str, Any]:
@@ -170,6 +185,18 @@ def write_manifest(folder: Path, checkpoint: Mapping[str, Any], files: Mapping[s
     (folder / MANIFEST).write_text(json.dumps({"checkpoint": dict(checkpoint), "files": described}, indent=2) + "\n")
 
 
+def update_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Add `files` to the manifest in `folder`, or replace their entries; nothing happens where there is no manifest."""
+    manifest = read_manifest(folder / MODEL_FILE)
+    if not manifest:
+        return
+    for name, made in files.items():
+        path = folder / name
+        manifest.setdefault("files", {})[name] = {"sha256": sha256_of(path), "bytes": path.stat().st_size, **made}
+    with replacing_file(folder / MANIFEST) as scratch:
+        scratch.write_text(json.dumps(manifest, indent=2) + "\n")
+
+
 def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """Write `report.json`: what was checked, how it came out."""
     (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n")
@@ -187,35 +214,59 @@ def sha256_of(path: Path) -> str:
 def replacing_folder(target: Path) -> Iterator[Path]:
     """A scratch folder beside `target` that takes its place when the block ends well, and vanishes when it does not."""
     parent = target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
-    try:
-        yield scratch
-        scratch.chmod(0o777 & ~_umask())
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=parent))
-            os.replace(target, old / target.name)
-            os.replace(scratch, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with _parents_of(target):
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=parent))
+        try:
+            yield scratch
+            scratch.chmod(0o777 & ~_umask())
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=parent))
+                try:
+                    os.replace(target, old / target.name)
+                    os.replace(scratch, target)
+                finally:
+                    if not target.exists():  # failed or interrupted between the two: what was there is back
+                        os.replace(old / target.name, target)
+                    shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def replacing_file(target: Path) -> Iterator[Path]:
     """A scratch file beside `target` that takes its place when the block ends well, and vanishes when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
-    os.close(handle)
-    scratch = Path(name)
+    with _parents_of(target):
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=target.suffix, dir=target.parent)
+        os.close(handle)
+        scratch = Path(name)
+        try:
+            yield scratch
+            scratch.chmod(0o666 & ~_umask())
+            os.replace(scratch, target)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    """Make the folders above `target`; those that were not there before go again when the block fails.
+
+    An OSError then names `target`, not the scratch file nobody has heard of.
+    """
+    made = [folder for folder in target.parents if not folder.exists()]
     try:
-        yield scratch
-        scratch.chmod(0o666 & ~_umask())
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException as error:
+        for folder in made:  # the innermost first; one that someone else has filled meanwhile stays
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        ours = isinstance(error, OSError) and (error.filename is None or f".{target.name}." in str(error.filename))
+        if isinstance(error, OSError) and error.errno and ours:
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        raise
 
 
 def _umask() -> int:

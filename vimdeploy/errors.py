@@ -38,6 +38,10 @@ class ModelFileError(VimDeployError):
     """An ONNX file or ``.vim`` folder is missing, damaged, or was not made by vimdeploy."""
 
 
+class EngineError(VimDeployError):
+    """A TensorRT engine could not be built, loaded or run."""
+
+
 class ImageError(VimDeployError):
     """An image or a folder of images cannot be used."""
 

@@ -19,7 +19,8 @@ from vimdeploy.runtimes import RUNTIMES, open_session
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images per run.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take this many images, spread evenly over the folder.")
 @click.option("--min-top1", type=click.FloatRange(0, 100), metavar="PERCENT", help="Exit with 1 when top-1 is below.")
-@click.option("--runtime", default=RUNTIMES[0], show_default=True, type=click.Choice(RUNTIMES), help="What runs it.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="What runs it.  [default: what the file is made for]")
+@click.option("--plugin", type=click.Path(path_type=Path), help="A plan's plugin library.  [default: as built]")
 @click.option("--no-library", is_flag=True, help="Run the function body in the file, without vimdeploy's op library.")
 @render.json_option
 def command(
@@ -27,15 +28,16 @@ def command(
     batch_size: int,
     limit: int | None,
     min_top1: float | None,
-    runtime: str,
+    runtime: str | None,
+    plugin: Path | None,
     no_library: bool,
     as_json: bool,
 ) -> None:
     """Measure accuracy over a folder with one sub-folder for each class.
 
     A class is the position of its folder among the sorted names, as in training; when every folder is named after one
-    of the model's labels, the names decide. ARTIFACT is a .vim folder or an .onnx file; without it, the one .vim
-    folder here.
+    of the model's labels, the names decide. ARTIFACT is a .vim folder, an .onnx file or a .plan; without it, the one
+    .vim folder here.
 
     \b
     vimdeploy eval ckpt.vim imagenet/val
@@ -48,9 +50,9 @@ def command(
     if min_top1 is not None and 0 < min_top1 <= 1:
         # 0.97 was meant as 97 far more often than as a bar below one percent, which anything passes.
         raise UsageError(f"--min-top1 is in percent: {min_top1:g} is nearly nothing", hint=f"write {100 * min_top1:g}")
-    model = resolve_artifact(paths[0] if len(paths) == 2 else None)
+    model = resolve_artifact(paths[0] if len(paths) == 2 else None, plan=runtime == "tensorrt")
     folder = ImageFolder(paths[-1])
-    with open_session(model, runtime=runtime, library="off" if no_library else "auto") as session:
+    with open_session(model, runtime=runtime, library="off" if no_library else "auto", plugin=plugin) as session:
         for notice in (session.notice, *folder.notices):
             if notice:
                 render.err().print(escape(notice), soft_wrap=True)

@@ -90,15 +90,18 @@ def command(
     with render.steps() as step:
         step("loading PyTorch")
         from vimdeploy.export.exporter import ExportOptions, export_checkpoint
+        from vimdeploy.models.checkpoints import read_checkpoint
         from vimdeploy.models.variants import parse_size
         from vimdeploy.verify.parity import ParityReport, parity
 
         settings = ExportOptions(img_size=parse_size(img_size) if img_size else None, labels=_labels(labels), **options)
+        step("reading the checkpoint")
+        loaded = read_checkpoint(checkpoint)
 
         def check(file: Path) -> ParityReport:
-            return parity(file, checkpoint, images=images, name=str(out or f"{checkpoint.stem}.vim"), step=step)
+            return parity(file, loaded, images=images, name=str(out or f"{checkpoint.stem}.vim"), step=step)
 
-        result = export_checkpoint(checkpoint, out, settings, check=None if no_verify else check, step=step)
+        result = export_checkpoint(loaded, out, settings, check=None if no_verify else check, step=step)
 
     report = result.report
     if as_json:
@@ -133,7 +136,7 @@ def command(
     out_.print(f"\nWrote [bold]{render.shown(result.path)}[/bold]. Next:")
     where = "" if result.path.parent == Path() and result.path.suffix == ".vim" else f" {render.shown(result.path)}"
     out_.print(f"  vimdeploy verify parity{where and f' {checkpoint}{where}'}", highlight=False)
-    if result.info.output == "logits":
+    if result.info.output == "logits" and result.info.precision != "bf16":  # bf16 wants another device
         out_.print(f"  vimdeploy run {render.shown(result.path)} IMAGE...")
         out_.print(f"  vimdeploy eval {render.shown(result.path)} FOLDER")
 

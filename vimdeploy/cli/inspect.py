@@ -34,7 +34,9 @@ def command(checkpoint: Path, variant: str | None, as_json: bool) -> None:
     vimdeploy inspect ckpt.pth
     vimdeploy inspect bare.pth --variant tiny+
     """
-    report = describe(checkpoint, variant)
+    with render.steps() as step:
+        step("reading the checkpoint")
+        report = describe(checkpoint, variant)
     if as_json:
         render.emit_json(report)
     else:

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("vimdeploy.cli.inspect", "Say what a checkpoint holds."),
     "slim": ("vimdeploy.cli.slim", "Drop the spare copies of the weights; write safetensors."),
     "export": ("vimdeploy.cli.export", "Turn a checkpoint into a verified ONNX file."),
+    "build-engine": ("vimdeploy.cli.build_engine", "Build a TensorRT engine for the card in this host."),
     "verify": ("vimdeploy.cli.verify", "Check an artifact against the PyTorch reference."),
     "run": ("vimdeploy.cli.run", "Classify images."),
     "eval": ("vimdeploy.cli.eval", "Measure accuracy over a folder of images."),
@@ -30,10 +31,10 @@ EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "onnxruntime"
 class _Refusal(click.ClickException):
     """A VimDeployError as the terminal shows it: message, next step, exit code."""
 
-    def __init__(self, error: VimDeployError) -> None:
+    def __init__(self, error: VimDeployError, command: str | None = None) -> None:
         super().__init__(error.message)
         self.exit_code = error.exit_code  # type: ignore[misc]  # click reads it from the instance
-        self.hint = error.hint
+        self.hint = error.hint or (f"vimdeploy {command} --help" if command else None)
 
     def show(self, file: Any = None) -> None:
         click.secho("Error: ", fg="red", nl=False, err=True)
@@ -64,7 +65,7 @@ class LazyGroup(click.Group):
         try:
             return super().invoke(ctx)
         except VimDeployError as error:
-            raise _Refusal(error) from error
+            raise _Refusal(error, ctx.invoked_subcommand) from error
         except KeyboardInterrupt:
             click.echo("\nInterrupted; nothing was left half-written.", err=True)
             ctx.exit(130)
@@ -87,12 +88,21 @@ class LazyGroup(click.Group):
 
 def _of_os_error(error: OSError) -> VimDeployError:
     where = f"{error.filename}: " if error.filename else ""
+    in_the_way = "a file stands where a folder would have to be: choose another place with -o"
+    space = "free some space, or choose another folder with -o"
+    rights = "choose a folder you may write to with -o, or change the permissions"
     hints = {
-        errno.ENOSPC: "free some space, or choose another folder with -o",
-        errno.EACCES: "choose a folder you may write to with -o, or change the permissions",
+        errno.ENOSPC: space,
+        errno.EDQUOT: space,
+        errno.EFBIG: "this process may not write a file so large: raise the limit (ulimit -f)",
+        errno.EACCES: rights,
+        errno.EPERM: rights,
         errno.EROFS: "choose a folder you may write to with -o",
+        errno.ENOTDIR: in_the_way,
+        errno.EEXIST: in_the_way,
     }
-    return VimDeployError(f"{where}{error.strerror or error}", hint=hints.get(error.errno or 0))
+    other = "check that the path exists and may be written to, or choose another with -o"
+    return VimDeployError(f"{where}{error.strerror or error}", hint=hints.get(error.errno or 0, other))
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -102,7 +112,8 @@ def cli() -> None:
 
     \b
     vimdeploy export ckpt.pth        # writes ckpt.vim/, checked against PyTorch
-    vimdeploy verify parity          # the same check again, on the one .vim folder here
+    vimdeploy build-engine --fp16    # a TensorRT engine of it, on a host with a card
+    vimdeploy verify parity          # the same check again, on all that lies in the one .vim folder here
     vimdeploy run ckpt.vim cat.jpg   # classify
     """
 

@@ -15,12 +15,15 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from vimdeploy.verify.parity import ParityReport
+    from vimdeploy.verify.parity import ParityReport, Row
+
+_UNFOLDED = 1000
 
 
 def out() -> Console:
-    """Results go here."""
-    return Console(highlight=False, soft_wrap=not Console().is_terminal)
+    """Results go here. Off a terminal nothing is wrapped or folded: a name stays one word for whoever reads the log."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, soft_wrap=True, width=_UNFOLDED)
 
 
 def err() -> Console:
@@ -87,6 +90,11 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
     return result
 
 
+def _where(row: Row) -> str:
+    """A plan by its name, since there may be several; the ONNX file by what runs it."""
+    return row.file if row.runtime == "tensorrt" else row.runtime
+
+
 def parity(report: ParityReport) -> None:
     """The parity table: one line a comparison, then what failed and what was left out."""
     console = out()
@@ -98,7 +106,7 @@ def parity(report: ParityReport) -> None:
     rows = [
         (
             "[green]pass[/green]" if row.passed else "[red]FAIL[/red]",
-            row.runtime,
+            _where(row),
             row.images,
             row.output,
             f"{row.errors.max_abs:.1e}",
@@ -110,7 +118,7 @@ def parity(report: ParityReport) -> None:
     ]
     right = ("max abs", "rel rms", "cosine", "top-1")
     console.print(table(("", "runtime", "images", "output", *right), rows, right=right))
-    for runtime, text in dict.fromkeys((row.runtime, row.description) for row in report.rows):
+    for runtime, text in dict.fromkeys((_where(row), row.description) for row in report.rows):
         console.print(f"{runtime}: {text}", style="dim")
     for limit in dict.fromkeys(row.tolerance for row in report.rows):
         bounds = [f"rel rms {limit.rel_rms:.1e}", f"cosine {limit.cosine:.7f}"]
@@ -118,7 +126,7 @@ def parity(report: ParityReport) -> None:
         console.print(f"allowed: {', '.join(bounds)} ({limit.reason})", style="dim")
     for row in report.rows:
         for failure in row.failures:
-            console.print(f"FAIL {row.runtime}, {row.images} images, {row.output}: {failure}", style="red")
+            console.print(f"FAIL {_where(row)}, {row.images} images, {row.output}: {failure}", style="red")
     for runtime, reason in report.skipped:
         console.print(f"not compared: {runtime}: {reason}", style="yellow")
     for notice in report.notices:

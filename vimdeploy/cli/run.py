@@ -20,14 +20,17 @@ BAR = 24
 @click.command("run")
 @click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[ARTIFACT] IMAGE...")
 @click.option("--top-k", default=5, show_default=True, type=click.IntRange(min=1), help="Guesses to show per image.")
-@click.option("--runtime", default=RUNTIMES[0], show_default=True, type=click.Choice(RUNTIMES), help="What runs it.")
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="What runs it.  [default: what the file is made for]")
+@click.option("--plugin", type=click.Path(path_type=Path), help="A plan's plugin library.  [default: as built]")
 @click.option("--no-library", is_flag=True, help="Run the function body in the file, without vimdeploy's op library.")
 @render.json_option
-def command(paths: tuple[Path, ...], top_k: int, runtime: str, no_library: bool, as_json: bool) -> None:
+def command(
+    paths: tuple[Path, ...], top_k: int, runtime: str | None, plugin: Path | None, no_library: bool, as_json: bool
+) -> None:
     """Classify images.
 
-    ARTIFACT is a .vim folder or an .onnx file; without it, the one .vim folder here. Images are prepared as the
-    model's metadata says.
+    ARTIFACT is a .vim folder, an .onnx file or a .plan; without it, the one .vim folder here. Images are prepared as
+    the model's metadata says.
 
     \b
     vimdeploy run ckpt.vim cat.jpg dog.png
@@ -36,10 +39,10 @@ def command(paths: tuple[Path, ...], top_k: int, runtime: str, no_library: bool,
     from vimdeploy.evaluate import classify, preprocessing_of
 
     artifact, images = _split(paths)
-    model = resolve_artifact(artifact)
+    model = resolve_artifact(artifact, plan=runtime == "tensorrt")
     if not images:
         raise UsageError("no image to classify", hint=f"vimdeploy run {paths[0]} IMAGE...")
-    with open_session(model, runtime=runtime, library="off" if no_library else "auto") as session:
+    with open_session(model, runtime=runtime, library="off" if no_library else "auto", plugin=plugin) as session:
         preprocessing_of(session)  # a model that does not classify is refused before any image is read
         if session.notice:
             render.err().print(escape(session.notice), soft_wrap=True)
@@ -73,7 +76,7 @@ def command(paths: tuple[Path, ...], top_k: int, runtime: str, no_library: bool,
 def _split(paths: tuple[Path, ...]) -> tuple[Path | None, tuple[Path, ...]]:
     """The artifact and the images: a first path that is named like an image is one."""
     first = paths[0]
-    if first.is_dir() or first.suffix in (".onnx", ".vim"):
+    if first.is_dir() or first.suffix in (".onnx", ".vim", ".plan"):
         return first, paths[1:]
     from PIL import Image
 

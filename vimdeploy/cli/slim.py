@@ -26,9 +26,11 @@ def command(checkpoint: Path, output: Path | None, weights: str, variant: str | 
     \b
     vimdeploy slim ckpt.pth -o vim-tiny.safetensors
     """
-    from vimdeploy.models.checkpoints import slim
+    with render.steps() as step:
+        step("reading the checkpoint")
+        from vimdeploy.models.checkpoints import slim
 
-    result = slim(checkpoint, output or Path(checkpoint.stem + ".safetensors"), weights, variant)
+        result = slim(checkpoint, output or Path(checkpoint.stem + ".safetensors"), weights, variant)
     if as_json:
         render.emit_json(
             {

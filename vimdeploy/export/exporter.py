@@ -127,39 +127,30 @@ def export_checkpoint(
     onnx_model.metadata_props.update(info.to_props())
     onnx_model.producer_version = vimdeploy.__version__
 
-    def result(path: Path, file: Path, seconds: float, report: Report | None) -> ExportResult:
-        nodes = [n.domain for n in onnx_model.graph]
-        scans = nodes.count(schema.DOMAIN)
-        return ExportResult(path, path / file.name if path.is_dir() else path, info, recognition,
-                            options.resolved_opset, len(nodes), scans, weight_bytes, path_size(path, file.name),
-                            seconds, report)  # fmt: skip
-
-    if out.suffix == ".onnx":
-        with bundle.replacing_file(out) as scratch:
-            _save(onnx_model, scratch, step)
-            seconds = time.perf_counter() - started
-            report = _run_check(check, scratch)
-        return result(out, out, seconds, report)
-    with bundle.replacing_folder(out) as scratch:
-        file = scratch / bundle.MODEL_FILE
-        _save(onnx_model, file, step)
+    single = out.suffix == ".onnx"
+    with bundle.replacing_file(out) if single else bundle.replacing_folder(out) as scratch:
+        file = scratch if single else scratch / bundle.MODEL_FILE
+        size = _save(onnx_model, file, step)
         seconds = time.perf_counter() - started
-        made = {"made_by": "export", "vimdeploy": vimdeploy.__version__, "opset": options.resolved_opset,
-                "precision": info.precision, "output": info.output, "fallback": info.fallback}  # fmt: skip
-        source = {
-            "path": os.path.relpath(checkpoint.path.resolve(), out.resolve()),
-            "sha256": checkpoint.sha256,
-            "weights": options.weights,
-        }
-        bundle.write_manifest(scratch, source, {bundle.MODEL_FILE: made})
+        if not single:
+            bundle.write_manifest(scratch, *_provenance(checkpoint, out, info, options))
         report = _run_check(check, file)
-        if report is not None:
+        if report is not None and not single:
             bundle.write_report(scratch, report.to_dict())
-    return result(out, file, seconds, report)
-
-
-def path_size(path: Path, name: str) -> int:
-    return (path / name if path.is_dir() else path).stat().st_size
+    domains = [node.domain for node in onnx_model.graph]
+    return ExportResult(
+        path=out,
+        model=out if single else out / bundle.MODEL_FILE,
+        info=info,
+        recognition=recognition,
+        opset=options.resolved_opset,
+        nodes=len(domains),
+        scans=domains.count(schema.DOMAIN),
+        weight_bytes=weight_bytes,
+        file_bytes=size,
+        seconds=seconds,
+        report=report,
+    )
 
 
 def export_model(model: Vim, options: ExportOptions, *, step: Callable[[str], None] = lambda text: None) -> ir.Model:
@@ -225,7 +216,28 @@ def _describe(checkpoint: Checkpoint, recognition: Recognition, options: ExportO
     )
 
 
-def _save(model: ir.Model, path: Path, step: Callable[[str], None]) -> None:
+def _provenance(
+    checkpoint: Checkpoint, out: Path, info: ModelInfo, options: ExportOptions
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """What the manifest says: the checkpoint, and how the model file was made."""
+    source = {
+        "path": os.path.relpath(checkpoint.path.resolve(), out.resolve()),
+        "sha256": checkpoint.sha256,
+        "weights": options.weights,
+    }
+    made = {
+        "made_by": "export",
+        "vimdeploy": vimdeploy.__version__,
+        "opset": options.resolved_opset,
+        "precision": info.precision,
+        "output": info.output,
+        "fallback": info.fallback,
+    }
+    return source, {bundle.MODEL_FILE: made}
+
+
+def _save(model: ir.Model, path: Path, step: Callable[[str], None]) -> int:
+    """Write the file; its size in bytes."""
     step("writing the file")
     proto = ir.to_proto(model)
     size = proto.ByteSize()
@@ -233,7 +245,7 @@ def _save(model: ir.Model, path: Path, step: Callable[[str], None]) -> None:
         raise ExportError(
             f"the model is {size / 1e9:.1f} GB, and one ONNX file holds 2 GB", hint="export with --precision fp16"
         )
-    path.write_bytes(proto.SerializeToString())
+    return path.write_bytes(proto.SerializeToString())
 
 
 def _run_check(check: Callable[[Path], Report] | None, file: Path) -> Report | None:
@@ -254,6 +266,11 @@ def _check_target(out: Path) -> None:
         if out.is_dir():
             raise UsageError(f"{out} is a folder", hint="name a file, or a folder that ends in .vim")
         return
+    if Path.cwd().is_relative_to(out.resolve()):
+        raise UsageError(
+            f"{out} is the current folder, or one above it, and an export takes its folder's place",
+            hint="name a folder to make, such as -o model.vim",
+        )
     if out.is_file():
         raise UsageError(f"{out} is a file; an export is a folder", hint="name a folder, or a file ending in .onnx")
     if out.is_dir() and any(out.iterdir()) and not (out / bundle.MANIFEST).is_file():

@@ -102,8 +102,9 @@ def function_body(kind: str, signature: ScanSignature, opset: int) -> ir.Functio
     domains = f'"" : {opset}' + (', "com.microsoft" : 1' if kind == "linear-attention" else "")
     proto = parser.parse_function(
         f'<domain: "{schema.DOMAIN}", opset_import: [{domains}]>\n'
-        f'{schema.OP} <delta_softplus: int = 1, reverse: int = 0, plugin_namespace: string = "vim", '
-        f'plugin_version: string = "1"> ({", ".join(schema.INPUTS)}) => (y)\n{{\n{body}\n}}'
+        # Named without defaults, which came with a later IR version than files are written in; nodes carry them all.
+        f"{schema.OP} <delta_softplus, reverse, {', '.join(schema.PLUGIN_ATTRIBUTES)}> "
+        f"({', '.join(schema.INPUTS)}) => (y)\n{{\n{body}\n}}"
     )
     proto.doc_string = f"vim::SelectiveScan in standard operators ({kind}), for runtimes without vimdeploy's library."
     return ir.serde.deserialize_function(proto)
@@ -122,10 +123,13 @@ _SCAN = (
     "batch = Shape <start = 0, end = 1> (u32)",
     "state_shape = Concat <axis = 0> (batch, a_shape)",
     "s_0 = ConstantOfShape <value = float[1] {{0.0}}> (state_shape)",
-    """s_n, y_g = Scan <num_scan_inputs = 4, scan_input_axes = [1, 1, 1, 1], scan_output_axes = [1],
-        body = recurrence (float[b, g, d, n] s_in, float[b, g, d] dt_t, float[b, g, d] dtu_t,
-                           float[b, g, n] B_t, float[b, g, n] C_t)
+    # B and C travel as one and are split inside: as two fp16 inputs TensorRT-RTX 1.7 loses their loop axis and fails.
+    "BC_seq = Concat <axis = -1> (B_seq, C_seq)",
+    "halves = Constant <value_ints = [{states}, {states}]> ()",
+    """s_n, y_g = Scan <num_scan_inputs = 3, scan_input_axes = [1, 1, 1], scan_output_axes = [1],
+        body = recurrence (float[b, g, d, n] s_in, float[b, g, d] dt_t, float[b, g, d] dtu_t, float[b, g, bc] BC_t)
                => (float[b, g, d, n] s_out, float[b, g, d] y_t) {{
+            B_t, C_t = Split <axis = -1> (BC_t, halves)
             dt_c = Unsqueeze (dt_t, last)
             exponent = Mul (dt_c, A_g)
             decay = Exp (exponent)
@@ -137,7 +141,7 @@ _SCAN = (
             C_c = Unsqueeze (C_t, last)
             y_c = MatMul (s_out, C_c)
             y_t = Squeeze (y_c, last)
-        }}> (s_0, dt_g, dtu_g, B_seq, C_seq)""",
+        }}> (s_0, dt_g, dtu_g, BC_seq)""",
     "flat_shape = Constant <value_ints = [0, 0, {channels}]> ()",
     "y_seq = Reshape (y_g, flat_shape)",
 )

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 # Elements of the intermediate tensors of one run of tokens: small enough for a cache, large enough to amortise calls.
 _ELEMENTS = 1 << 19
 

@@ -1,4 +1,4 @@
-"""Where vimdeploy's own op library for ONNX Runtime lies."""
+"""Where vimdeploy's own libraries lie, the op library for ONNX Runtime first of all."""
 
 from __future__ import annotations
 
@@ -44,6 +44,11 @@ def ort_library_path() -> Path:
         if reasons
         else f"reinstall vimdeploy with a C++ compiler present, or let {ENVIRONMENT} name the file",
     )
+
+
+def installed(file: str) -> Path | None:
+    """A library that was installed with the package, by its file name; None when it is not there."""
+    return next((folder / file for folder in _folders() if (folder / file).is_file()), None)
 
 
 def _folders() -> Iterator[Path]:

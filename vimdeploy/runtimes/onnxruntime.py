@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ class OrtSession(Session):
         try:
             self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own classes, and RuntimeError
+            if "NOT_IMPLEMENTED" in str(error) and self.info.precision == "bf16":
+                raise RuntimeMissing(
+                    f"{model} is bf16, for which ONNX Runtime has no kernels on this CPU",
+                    hint="export with --precision fp32 or fp16 to run here; `vimdeploy verify parity` checks bf16 files",
+                ) from error
             raise _of_load_error(model, library, error) from error
         self.inputs = {node.name: _spec(node, model) for node in self._session.get_inputs()}
         self.outputs = {node.name: _spec(node, model) for node in self._session.get_outputs()}
@@ -107,7 +113,13 @@ def _register(ort: Any, options: Any, library: Path) -> None:
 
 def _of_load_error(model: Path, library: Path | None, error: Exception) -> ModelFileError | RuntimeMissing:
     text = str(error)
-    if "is not a registered function/op" in text and "vim" in text:
+    unknown = re.search(r"([\w.]*):(\w+)\(-?\d+\) is not a registered function/op", text)
+    if unknown and unknown[2] == "LinearAttention":
+        return RuntimeMissing(
+            f"this ONNX Runtime does not know {unknown[1]}.{unknown[2]}, which the function body of {model} needs",
+            hint="pip install 'onnxruntime>=1.30', or export with --fallback scan",
+        )
+    if unknown and unknown[1] == "vim":
         if library is None:
             return NoFunctionBody(
                 f"{model} carries no function body for its vim:: operators, and no op library is loaded",

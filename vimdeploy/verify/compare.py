@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +27,8 @@ class Errors:
     finite: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no Infinity: None where a number is not finite."""
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def errors(got: np.ndarray, want: np.ndarray, *, ranked: bool) -> Errors:

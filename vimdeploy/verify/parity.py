@@ -1,38 +1,42 @@
 """Parity: the PyTorch reference and an artifact, on the same images, output by output.
 
 fp32 files are compared with the fp32 reference. fp16 and bf16 files are compared with the reference in fp64, and may
-be at most twice as far from it as plain PyTorch in the same type (design.md, "What holds the checks honest").
+be at most twice as far from it as plain PyTorch in the same type (design.md, "What holds the checks honest"). No torch
+is needed where the reference comes from a file (reference.py).
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import importlib.util
+import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from vimdeploy.bundle import ModelInfo, check_hash, read_info
 from vimdeploy.errors import ModelFileError, RuntimeMissing, UsageError
-from vimdeploy.models.checkpoints import Checkpoint, load_model, read_checkpoint
-from vimdeploy.models.variants import settings_of
-from vimdeploy.models.vim import Vim
 from vimdeploy.runtimes.base import Session
-from vimdeploy.runtimes.library import ort_library_path
-from vimdeploy.runtimes.onnxruntime import OrtSession
+from vimdeploy.runtimes.library import ENVIRONMENT, ort_library_path
 from vimdeploy.verify import samples
-from vimdeploy.verify.compare import FP32, Errors, Tolerance, errors, low_precision
+from vimdeploy.verify.compare import Errors, Tolerance, errors
+from vimdeploy.verify.reference import CHUNK, Reference, SavedReference, TorchReference, chunks, ranked
+
+if TYPE_CHECKING:
+    from vimdeploy.models.checkpoints import Checkpoint
 
 RUNTIMES = {
     "onnxruntime": "ONNX Runtime with vimdeploy's op library",
     "onnxruntime-body": "ONNX Runtime on the file's function body",
+    "tensorrt": "TensorRT on a plan of the file",
 }
-_CHUNK = 8
+#: What issue 3 asks of an fp16 plan, whatever PyTorch's own fp16 error is.
+PLAN_FP16 = Tolerance(rel_rms=1e-2, cosine=0.9999, max_abs=None, reason="the bound for fp16 plans")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class Row:
     errors: Errors
     tolerance: Tolerance
     failures: tuple[str, ...]
+    file: str = ""  # the artifact's name, of which there may be several
+    precision: str = "fp32"
 
     @property
     def passed(self) -> bool:
@@ -83,6 +89,8 @@ class ParityReport:
             "rows": [
                 {
                     "runtime": row.runtime,
+                    "file": row.file,
+                    "precision": row.precision,
                     "description": row.description,
                     "output": row.output,
                     "images": row.images,
@@ -103,9 +111,20 @@ class ParityReport:
         }
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One artifact in one runtime, ready to run."""
+
+    runtime: str  # a key of RUNTIMES
+    file: str
+    session: Session
+    precision: str  # fp32 | fp16 | bf16: which reference and limits it is held to
+    cap: Tolerance | None = None  # limits besides the measured ones
+
+
 def parity(
     artifact: Path,
-    checkpoint: Checkpoint | Path | str,
+    checkpoint: Checkpoint | Path | str | None = None,
     *,
     runtimes: tuple[str, ...] | None = None,
     images: Path | None = None,
@@ -113,70 +132,133 @@ def parity(
     seed: int = 0,
     name: str | None = None,
     step: Callable[[str], None] = lambda text: None,
+    plans: tuple[Path, ...] = (),
+    plugin: Path | None = None,
+    reference: Path | None = None,
+    save_reference: Path | None = None,
 ) -> ParityReport:
-    """Compare `artifact` (an ONNX file) with the network of `checkpoint`, in every runtime asked for.
+    """Compare `artifact` (an ONNX file or a plan), and `plans` made of it, with the network of `checkpoint`.
 
     Without `runtimes`, in all of RUNTIMES that this host and this file allow; one that is left out is in the report's
     `skipped`, with the reason. `images`: a folder or file of real images; without, the photographs that come along.
-    Raises ModelFileError when the artifact is not of this checkpoint, RuntimeMissing when a runtime that was asked
-    for, or every one, is not there.
+    `reference`: a file that `save_reference` wrote elsewhere takes the place of checkpoint, images and torch. `plugin`:
+    the plans' plugin library. Raises ModelFileError when the artifact is not of this checkpoint, RuntimeMissing when a
+    runtime that was asked for, or every one, is not there.
     """
-    check_hash(artifact)
-    info = read_info(artifact)
-    step("reference: loading")
-    model = _reference(info, artifact, checkpoint)
-    paths = samples.choose_images(images, samples_each)
-    sets = {"random": samples.random_images(info, samples_each, seed), "real": samples.real_images(info, paths)}
+    is_plan = artifact.suffix == ".plan"
+    if is_plan:
+        from vimdeploy.engines.sidecar import read_sidecar
+
+        info, plans = read_sidecar(artifact).info, (artifact,)
+    else:
+        check_hash(artifact)
+        info = read_info(artifact)
+    truth: Reference
+    colour = info.config.in_chans == 3
+    if reference is not None:
+        truth = SavedReference(reference)
+        truth.check(info, artifact)
+    else:
+        if checkpoint is None:
+            raise UsageError("there is nothing to compare with", hint="name a checkpoint, or a file with --reference")
+        sets = {"random": samples.random_images(info, samples_each, seed)}
+        if colour:
+            sets["real"] = samples.real_images(info, samples.choose_images(images, samples_each))
+        elif images is not None:
+            raise UsageError(f"the model reads {info.config.in_chans} channels; images give 3 (RGB)",
+                             hint="leave --images out: random inputs are compared")  # fmt: skip
+        step("reference: loading")
+        truth = TorchReference(info, artifact, checkpoint, sets, step)
+        if save_reference is not None:
+            truth.save(save_reference)
     with ExitStack() as stack:
-        sessions, skipped, notices = _sessions(stack, artifact, info, runtimes)
-        static = next((s.shape[0] for session in sessions.values() for s in session.inputs.values()), None)
-        sets = {key: _whole_batches(batch, static) for key, batch in sets.items()}
-        wide = info.precision != "fp32"
-        limits: dict[str, Tolerance] = {}
-        wanted: dict[str, np.ndarray] = {}
-        for key, batch in sets.items():
-            step(f"reference: {key} images")
-            wanted[key] = _compute(model.double() if wide else model, info, batch)
-        if wide:
-            plain = _plain(model, info.precision)
-            for key, batch in sets.items():
-                step(f"reference: {key} images in PyTorch {info.precision}")
-                rough = _compute(plain, info, batch)
-                limits[key] = low_precision(info.precision, errors(rough, wanted[key], ranked=_ranked(info)))
+        candidates, skipped, notices = _candidates(stack, None if is_plan else artifact, plans, info, runtimes, plugin)
+        if not colour:
+            notices.append(f"random inputs only: the model reads {info.config.in_chans} channels, images give 3 (RGB)")
         rows = []
-        for runtime, session in sessions.items():
-            for key, batch in sets.items():
-                step(f"{session.describe()}: {key} images")
-                rows += _rows(runtime, session, info, key, batch, wanted[key], limits.get(key, FP32), static or _CHUNK)
-    reference = f"PyTorch {torch.__version__} {'fp64' if wide else 'fp32'}"
-    return ParityReport(name or str(artifact), info.precision, reference, tuple(rows), tuple(skipped), tuple(notices))
+        references = []
+        for candidate in candidates:
+            truth.check(candidate.session.info, Path(candidate.file))
+            wanted = truth.wanted(candidate.precision)
+            references.append(wanted.reference)
+            limit = _capped(wanted.tolerance, candidate.cap)
+            for key, batch in truth.images.items():
+                step(f"{candidate.session.describe()}: {key} images")
+                rows += _rows(candidate, info, key, batch, wanted.outputs[key], limit)
+    return ParityReport(name or str(artifact), info.precision, " and ".join(dict.fromkeys(references)), tuple(rows),
+                        tuple(skipped), tuple(notices))  # fmt: skip
 
 
-def _reference(info: ModelInfo, artifact: Path, checkpoint: Checkpoint | Path | str) -> Vim:
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_checkpoint(checkpoint)
-    if checkpoint.sha256 != info.checkpoint_sha256:
-        raise ModelFileError(
-            f"{artifact} was not exported from {checkpoint.path} (the checkpoint's SHA-256 differs)",
-            hint="name the checkpoint it came from, or export again",
-        )
-    model, _ = load_model(
-        checkpoint,
-        weights=info.weights,
-        variant=settings_of(info.config.replace(img_size=info.trained_size)),
-        img_size=info.config.img_size,
-        pos_embed_mode=info.pos_embed_mode,
-    )
-    return model
-
-
-def _sessions(
-    stack: ExitStack, artifact: Path, info: ModelInfo, wanted: tuple[str, ...] | None
-) -> tuple[dict[str, Session], list[tuple[str, str]], list[str]]:
-    """Sessions to compare by their key in RUNTIMES, runtimes left out with the reason, and what the user must know."""
+def _candidates(
+    stack: ExitStack,
+    artifact: Path | None,
+    plans: tuple[Path, ...],
+    info: ModelInfo,
+    wanted: tuple[str, ...] | None,
+    plugin: Path | None,
+) -> tuple[list[Candidate], list[tuple[str, str]], list[str]]:
+    """What to compare, what is left out with the reason, and what the user must know."""
     unknown = set(wanted or ()) - set(RUNTIMES)
     if unknown:
         raise UsageError(f"no runtime is called {min(unknown)!r}", hint="runtimes: " + ", ".join(RUNTIMES))
+    found: list[Candidate] = []
+    skipped: list[tuple[str, str]] = []
+    notices: list[str] = []
+    ort = [runtime for runtime in wanted or RUNTIMES if runtime != "tensorrt"]
+    if artifact is None and wanted and ort:
+        raise UsageError("a plan runs in TensorRT only", hint="name the .onnx file to compare it in ONNX Runtime")
+    if artifact is not None and ort:
+        if not wanted and plans and importlib.util.find_spec("onnxruntime") is None:
+            skipped.append(("onnxruntime", "it is not installed"))
+        else:
+            sessions, left_out, notices = _sessions(stack, artifact, info, tuple(ort), asked=bool(wanted))
+            skipped += left_out
+            found += [
+                Candidate(runtime, artifact.name, session, info.precision) for runtime, session in sessions.items()
+            ]
+    if wanted and "tensorrt" in wanted and not plans:
+        raise UsageError("there is no plan to compare", hint="make one with `vimdeploy build-engine`")
+    if not wanted or "tensorrt" in wanted:
+        for plan in plans:
+            try:
+                found.append(_plan(stack, plan, plugin))
+            except RuntimeMissing as missing:
+                # A folder may travel to a host without a card; what was named may not be passed over.
+                if wanted or artifact is None:
+                    raise
+                skipped.append((plan.name, missing.message))
+    if not found:
+        raise RuntimeMissing("; ".join(reason for _, reason in skipped), hint="see `vimdeploy verify parity --help`")
+    return found, skipped, notices
+
+
+def _plan(stack: ExitStack, plan: Path, plugin: Path | None) -> Candidate:
+    from vimdeploy.runtimes.tensorrt import TensorRTSession
+
+    session = TensorRTSession(plan, plugin=plugin)
+    stack.enter_context(session)
+    precision = session.sidecar.precision["asked"]
+    if precision == "fp32" and session.sidecar.tf32:
+        precision = "fp16"  # TF32 products have fp16's 10 bits
+    return Candidate("tensorrt", plan.name, session, precision, PLAN_FP16 if precision == "fp16" else None)
+
+
+def _capped(limit: Tolerance, cap: Tolerance | None) -> Tolerance:
+    """The tighter of the measured limits and `cap`."""
+    if cap is None or cap.rel_rms >= limit.rel_rms:
+        return limit
+    return dataclasses.replace(cap, cosine=max(cap.cosine, limit.cosine))
+
+
+def _sessions(
+    stack: ExitStack, artifact: Path, info: ModelInfo, runtimes: tuple[str, ...], *, asked: bool
+) -> tuple[dict[str, Session], list[tuple[str, str]], list[str]]:
+    """Sessions of ONNX Runtime by their key in RUNTIMES, runtimes left out with the reason, and notices.
+
+    `asked`: the user named these runtimes, so none may be left out.
+    """
+    from vimdeploy.runtimes.onnxruntime import NoFunctionBody, OrtSession
+
     notices = []
     if info.precision == "bf16":
         artifact = _emulated(stack, artifact)
@@ -184,16 +266,27 @@ def _sessions(
                        "and rounds its result to bf16; the library's bf16 kernel itself did not run")  # fmt: skip
     sessions: dict[str, Session] = {}
     skipped: list[tuple[str, str]] = []
-    for runtime in wanted or RUNTIMES:
+    for runtime in runtimes:
+        library = None
         try:
-            if runtime == "onnxruntime-body" and info.fallback == "none":
+            if runtime == "onnxruntime":
+                library = ort_library_path()
+            elif info.fallback == "none":
                 raise RuntimeMissing("the file carries no function body", hint="export it with --fallback scan")
-            library = ort_library_path() if runtime == "onnxruntime" else None
-            sessions[runtime] = stack.enter_context(OrtSession(artifact, library=library))
         except RuntimeMissing as missing:
-            if wanted or not _optional(runtime, info):
+            # What is not installed may be left out; what the user named may not, and what does not load is an error.
+            named = runtime == "onnxruntime" and os.environ.get(ENVIRONMENT)
+            if asked or named or not _optional(runtime, info):
                 raise
             skipped.append((runtime, missing.message))
+            continue
+        try:
+            sessions[runtime] = stack.enter_context(OrtSession(artifact, library=library))
+        except NoFunctionBody as error:
+            raise ModelFileError(
+                f"{artifact} says that it carries a function body ({info.fallback}), and has none",
+                hint="export it again: something has dropped the body since",
+            ) from error
     if not sessions:
         raise RuntimeMissing("; ".join(reason for _, reason in skipped), hint="see `vimdeploy verify parity --help`")
     return sessions, skipped, notices
@@ -214,73 +307,40 @@ def _emulated(stack: ExitStack, artifact: Path) -> Path:
     return folder / artifact.name
 
 
-def _plain(model: Vim, precision: str) -> Vim:
-    """The network as `model.half()` or `.bfloat16()` would have it, the op's fp32 inputs kept: A, D, dt bias."""
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    model = model.float()
-    plain = copy.deepcopy(model).to(dtype)
-    for name, parameter in plain.named_parameters():
-        if name.rsplit(".", 1)[-1] in ("A_log", "A_b_log", "D", "D_b") or name.endswith(
-            ("dt_proj.bias", "dt_proj_b.bias")
-        ):
-            parameter.data = model.get_parameter(name).data
-    return plain
-
-
-@torch.inference_mode()
-def _compute(model: Vim, info: ModelInfo, batch: np.ndarray) -> np.ndarray:
-    dtype = model.patch_embed.proj.weight.dtype
-    parts = []
-    for chunk in _chunks(batch, _CHUNK):
-        image = torch.from_numpy(chunk).to(dtype)
-        if info.output == "tokens":
-            y = model.token_map(image)
-        else:
-            y = model(image, return_features=info.output == "features")
-        parts.append(y.to(torch.float64).numpy())
-    return np.concatenate(parts)
-
-
 def _rows(
-    runtime: str,
-    session: Session,
-    info: ModelInfo,
-    images: str,
-    batch: np.ndarray,
-    want: np.ndarray,
-    limit: Tolerance,
-    chunk: int,
+    candidate: Candidate, info: ModelInfo, images: str, batch: np.ndarray, want: np.ndarray, limit: Tolerance
 ) -> list[Row]:
     """One row an output; an output missing, extra or misshapen is a row that fails."""
-    parts = [session.run(part) for part in _chunks(batch, chunk)]
+    outputs = _run(candidate.session, batch)
     rows = []
-    for name in sorted({info.output, *parts[0]}):
+    for name in sorted({info.output, *outputs}):
         failed: tuple[str, ...]
         measured = Errors(0, float("inf"), float("inf"), -1.0, finite=False)
-        if name not in parts[0]:
+        if name not in outputs:
             failed = (f"the output {name!r} is missing",)
         elif name != info.output:
             failed = (f"the output {name!r} is not one the model should have",)
         else:
             try:
-                measured = errors(np.concatenate([part[name] for part in parts]), want, ranked=_ranked(info))
+                measured = errors(outputs[name], want, ranked=ranked(info))
                 failed = tuple(limit.failures(measured))
             except ValueError as error:
                 failed = (str(error),)
-        rows.append(Row(runtime, session.describe(), name, images, measured, limit, failed))
+        rows.append(Row(candidate.runtime, candidate.session.describe(), name, images, measured, limit, failed,
+                        candidate.file, candidate.precision))  # fmt: skip
     return rows
 
 
-def _ranked(info: ModelInfo) -> bool:
-    return info.output == "logits"
-
-
-def _chunks(batch: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(batch), size):
-        yield batch[start : start + size]
-
-
-def _whole_batches(batch: np.ndarray, static: int | None) -> np.ndarray:
-    """The images, repeated from the start until a file of static batch can run them all."""
-    missing = -len(batch) % static if static else 0
-    return np.concatenate([batch, np.resize(batch, (missing, *batch.shape[1:]))]) if missing else batch
+def _run(session: Session, batch: np.ndarray) -> Mapping[str, np.ndarray]:
+    """All images, a few at a time; a last batch that a file of static batch cannot take is filled up and cut."""
+    ((_, spec),) = session.inputs.items()
+    size = spec.shape[0] or CHUNK
+    parts = []
+    for part in chunks(batch, size):
+        missing = size - len(part) if spec.shape[0] else 0
+        full = np.concatenate([part, np.resize(part, (missing, *part.shape[1:]))]) if missing else part
+        outputs = session.run(full.astype(spec.dtype, copy=False))
+        # A wrong first dimension is left for the comparison to see.
+        cut = {k: y[: len(part)] if missing and y.shape[:1] == (size,) else y for k, y in outputs.items()}
+        parts.append(cut)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
