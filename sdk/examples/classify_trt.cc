@@ -1,0 +1,47 @@
+// Classifies a picture with TensorRT, and prints what `vimdeploy run` prints.
+//
+//   classify_trt IMAGE PLAN
+//
+// PLAN is what `vimdeploy build-engine` made, its .json beside it. VIMDEPLOY_TENSORRT names libnvinfer.so where the
+// dynamic loader does not find it, VIMDEPLOY_TRT_PLUGIN the plugin library that is neither where the .json says nor
+// beside the plan.
+#include <vimdeploy/vimdeploy.h>
+
+#include <cmath>
+#include <cstdio>
+#include <iostream>
+#include <string>
+
+namespace {
+
+// One line a guess: "  93.1 %  ██████████████████████░░  tabby".
+void Print(const std::string& image, const std::vector<vimdeploy::Prediction>& predictions) {
+  constexpr int kBar = 24;
+  std::cout << image << '\n';
+  for (const auto& guess : predictions) {
+    char percent[16];
+    std::snprintf(percent, sizeof percent, "%5.1f %%", 100 * guess.probability);
+    std::cout << percent << "  ";
+    const int filled = static_cast<int>(std::nearbyint(guess.probability * kBar));
+    for (int i = 0; i < kBar; ++i) std::cout << (i < filled ? "█" : "░");
+    std::cout << "  " << guess.label << '\n';
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc != 3) {
+    std::cerr << "Usage: classify_trt IMAGE PLAN\n";
+    return 2;
+  }
+  try {
+    const auto image = vimdeploy::Image::Read(argv[1]);
+    const auto model = vimdeploy::Model::Open(argv[2]);
+    vimdeploy::Context context(model);
+    Print(argv[1], context.Classify(image));
+  } catch (const vimdeploy::Error& error) {
+    std::cerr << "Error: " << error.what() << '\n';
+    return error.exit_code();
+  }
+}
