@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import onnx
 import pytest
 import zoo
 from click.testing import CliRunner, Result
-from official import SMALL, SMALL_NAME, write_official, write_small
+from official import write_official, write_small
 from onnx import helper, numpy_helper
 from ort_library import ort_library
 from PIL import Image
@@ -520,9 +520,3 @@ def test_the_reference_is_not_frozen_by_being_compared(checkpoint: Path, export:
     """The exporter folds constants; the reference is what the checkpoint says, read anew."""
     model = load_reference(read_info(export()), export(), checkpoint)
     assert hasattr(model.layers[0].mixer, "A_log") and not hasattr(model.layers[0].mixer, "A")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def the_small_model_is_upstreams() -> Iterator[None]:
-    assert SMALL.bimamba == "v2" and "div2" in SMALL_NAME
-    yield
