@@ -52,7 +52,7 @@ def main() -> None:
     vimdeploy("export", "ckpt.pth", "--images", str(HELD_OUT))
 
     print("\n3. The check again, on its own, in every runtime found here:")
-    vimdeploy("verify", "parity", "--images", str(HELD_OUT), "--samples", "64")
+    vimdeploy("verify", "parity", "--images", str(HELD_OUT), "--samples", "32")
 
     print("\n4. A few held-out images:\n")
     images = [sorted((HELD_OUT / digit).glob("*.png"))[0] for digit in SHOWN]

@@ -294,6 +294,8 @@ def _configure(
         config.set_flag(flag.VERSION_COMPATIBLE)
     if options.workspace is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
+    if can.faster_dynamic_shapes:
+        config.set_preview_feature(module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, True)
     if can.external_tactics:
         # Not needed for Vim's layers, and not everywhere there: a host without cuDNN builds the same engine.
         sources = config.get_tactic_sources()

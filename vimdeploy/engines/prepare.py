@@ -12,6 +12,7 @@ from vimdeploy.engines.capabilities import Capabilities
 from vimdeploy.engines.inspect import Wanted
 from vimdeploy.errors import ModelFileError, UsageError
 from vimdeploy.export import functions, schema
+from vimdeploy.passes.depthwise import depthwise_convolutions
 from vimdeploy.passes.opset import lower_opset, raise_opset
 from vimdeploy.passes.precision import BF16_OPSET, to_precision
 
@@ -48,6 +49,8 @@ def prepare(model: Path, info: ModelInfo, precision: str | None, capabilities: C
     graph.functions.clear()
     if capabilities.max_opset is not None:
         lower_opset(graph, capabilities.max_opset)
+    if can_fold(capabilities):
+        depthwise_convolutions(graph)
     if precision == "bf16":
         raise_opset(graph, BF16_OPSET)
     if info.precision == "fp32":
@@ -62,6 +65,10 @@ def prepare(model: Path, info: ModelInfo, precision: str | None, capabilities: C
         functions.attach(graph, "scan")
         graph = _inlined(graph)
     return Prepared(ir.to_proto(graph).SerializeToString(), image.name, shape, wanted, types)
+
+
+def can_fold(capabilities: Capabilities) -> bool:
+    return capabilities.fold_taps
 
 
 def _types(graph: ir.Graph) -> dict[str, str]:

@@ -55,7 +55,7 @@ class OrtSession(Session):
             if "NOT_IMPLEMENTED" in str(error) and self.info.precision == "bf16":
                 raise RuntimeMissing(
                     f"{model} is bf16, for which ONNX Runtime has no kernels on this CPU",
-                    hint="export with --precision fp32 or fp16 to run here; `vimdeploy verify parity` checks bf16 files",
+                    hint="export with --precision fp32 or fp16 to run here; `vimdeploy verify parity` still checks it",
                 ) from error
             raise _of_load_error(model, library, error) from error
         self.inputs = {node.name: _spec(node, model) for node in self._session.get_inputs()}
