@@ -1,0 +1,99 @@
+// Which kernel serves which sizes: pure host functions, no CUDA.
+#ifndef VIM_KERNELS_CUDA_CHOOSE_VARIANT_H_
+#define VIM_KERNELS_CUDA_CHOOSE_VARIANT_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "vim/selective_scan_cuda.h"
+
+namespace vim::cuda {
+
+// What the choice may depend on, of one direction or a pair.
+struct Sizes {
+  int64_t batch, length, channels, states, groups;
+  int element_bytes;
+  bool pair;
+  int row_alignment;    // bytes, at most 16: what divides the rows of u, delta, z and y, and channels
+  bool states_aligned;  // rows of B and C start on four states
+};
+
+// Instances of the lanes form, (tokens, lanes, channels). 6 and 12 channels a block spread Vim's 384, 768 and 1536
+// channels at batch 1 over 128 of an H100's 132 SMs.
+#define VIM_LANES_INSTANCES(X) \
+  X(7, 32, 6)                  \
+  X(7, 32, 12)                 \
+  X(13, 8, 8)                  \
+  X(13, 8, 16)                 \
+  X(13, 16, 6)                 \
+  X(13, 16, 12)                \
+  X(13, 16, 16)                \
+  X(16, 8, 8)                  \
+  X(16, 8, 16)                 \
+  X(16, 16, 12)                \
+  X(16, 16, 16)                \
+  X(16, 32, 6)
+
+constexpr int kLanesMaxThreads = 384;  // leaves a thread 168 registers
+
+// Whether `variant` can run these sizes on this SM.
+bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm);
+
+vim_scan_variant Choose(const Sizes& sizes, int sm);
+
+// Sizes of the lanes form's shared memory, for the kernel and for CanRun.
+struct LanesSizes {
+  static constexpr int Max(int a, int b) { return a > b ? a : b; }
+
+  // Elements of a row of `channels` moved at a time: 16, 8 or 4 bytes (8 in fp32).
+  static constexpr int Piece(int channels, int element_bytes) {
+    int piece = 16 / element_bytes;
+    while (channels % piece != 0) piece /= 2;
+    return piece;
+  }
+  static constexpr int Quads(int tokens) { return (tokens + 3) / 4; }
+  // 8 floats of padding put the quads of a lane, which are written together, into different banks.
+  static constexpr int QuadFloats(int lanes) { return lanes * 4 + 8; }
+  // 16 bytes of padding against conflicts between the rows that a transpose reads.
+  static constexpr int RowElements(int element_bytes) { return 32 + 16 / element_bytes; }
+
+  // The most lanes that meet in one bank when lanes read words `stride` bytes apart.
+  static constexpr int Conflicts(int lanes, int stride) {
+    int worst = 0;
+    for (int a = 0; a < lanes; ++a) {
+      int same = 0;
+      for (int b = 0; b < lanes; ++b) same += a * stride / 4 % 32 == b * stride / 4 % 32;
+      worst = Max(worst, same);
+    }
+    return worst;
+  }
+  // Elements from one lane's tokens to the next lane's: padded by as many pieces as conflict least.
+  static constexpr int LaneElements(int tokens, int lanes, int channels, int element_bytes) {
+    const int piece = Piece(channels, element_bytes);
+    int best = tokens * channels;
+    for (int pad = 1; pad <= 8; ++pad) {
+      const int stride = tokens * channels + pad * piece;
+      if (Conflicts(lanes, stride * element_bytes) < Conflicts(lanes, best * element_bytes)) best = stride;
+    }
+    return best;
+  }
+  static constexpr int OutputLane(int tokens, int channels) { return tokens * (channels + 1) | 1; }  // odd
+  static constexpr int OutputFloats(int tokens, int lanes, int channels) {
+    return (lanes * OutputLane(tokens, channels) + 3) / 4 * 4;
+  }
+
+  // Of one direction in a block.
+  static constexpr size_t Bytes(int tokens, int lanes, int channels, int split, int element_bytes) {
+    const size_t planes = size_t{32} * Quads(tokens) * QuadFloats(lanes) * 4;
+    const size_t small = size_t{2} * channels * 16 * 4;
+    const size_t rows = (size_t{1} * tokens * lanes * RowElements(element_bytes) * element_bytes + 15) / 16 * 16;
+    const size_t inputs = size_t{2} * lanes * LaneElements(tokens, lanes, channels, element_bytes) * element_bytes;
+    const size_t late = (size_t{2} * tokens * lanes * channels * element_bytes + 15) / 16 * 16;
+    return planes + small + rows + (inputs + 15) / 16 * 16 + late +
+           size_t{4} * split * OutputFloats(tokens, lanes, channels);
+  }
+};
+
+}  // namespace vim::cuda
+
+#endif  // VIM_KERNELS_CUDA_CHOOSE_VARIANT_H_

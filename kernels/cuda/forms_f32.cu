@@ -1,0 +1,9 @@
+#include "cuda/generic.cuh"
+#include "cuda/lanes.cuh"
+#include "cuda/sequential.cuh"
+
+namespace vim::cuda {
+template cudaError_t LaunchGeneric<float>(const Params&, cudaStream_t);
+template cudaError_t LaunchLanes<float>(const Params&, const vim_scan_variant&, cudaStream_t);
+template cudaError_t LaunchSequential<float>(const Params&, int, cudaStream_t);
+}  // namespace vim::cuda

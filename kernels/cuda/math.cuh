@@ -1,0 +1,128 @@
+// Loads, stores and the three functions of the scan, in fp32.
+#ifndef VIM_KERNELS_CUDA_MATH_CUH_
+#define VIM_KERNELS_CUDA_MATH_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+namespace vim::cuda {
+
+constexpr float kLog2e = 1.44269504f;
+constexpr int kStates = 16;  // of the two fast forms
+
+// Element types travel as bits, so that copies need no knowledge of them.
+template <typename IO>
+struct Element;
+template <>
+struct Element<float> {
+  using Bits = float;
+  using Bits2 = float2;
+  using Bits4 = float4;
+  static __device__ __forceinline__ float ToFloat(float x) { return x; }
+  static __device__ __forceinline__ float FromFloat(float x) { return x; }
+  static __device__ __forceinline__ float2 ToFloat2(float2 x) { return x; }
+  static __device__ __forceinline__ float2 FromFloat2(float2 x) { return x; }
+  static __device__ __forceinline__ float4 ToFloat4(float4 x) { return x; }
+};
+template <>
+struct Element<__half> {
+  using Bits = uint16_t;
+  using Bits2 = uint32_t;
+  using Bits4 = uint2;
+  static __device__ __forceinline__ float ToFloat(uint16_t x) { return __half2float(__ushort_as_half(x)); }
+  static __device__ __forceinline__ uint16_t FromFloat(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  static __device__ __forceinline__ float2 ToFloat2(uint32_t x) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&x));
+  }
+  static __device__ __forceinline__ uint32_t FromFloat2(float2 x) {
+    const __half2 h = __float22half2_rn(x);
+    return *reinterpret_cast<const uint32_t*>(&h);
+  }
+  static __device__ __forceinline__ float4 ToFloat4(uint2 x) {
+    const float2 a = ToFloat2(x.x), b = ToFloat2(x.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+};
+template <>
+struct Element<__nv_bfloat16> {
+  using Bits = uint16_t;
+  using Bits2 = uint32_t;
+  using Bits4 = uint2;
+  static __device__ __forceinline__ float ToFloat(uint16_t x) { return __uint_as_float(uint32_t{x} << 16); }
+  static __device__ __forceinline__ uint16_t FromFloat(float x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+  static __device__ __forceinline__ float2 ToFloat2(uint32_t x) {
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  }
+  static __device__ __forceinline__ uint32_t FromFloat2(float2 x) {
+    return uint32_t{FromFloat(x.x)} | uint32_t{FromFloat(x.y)} << 16;
+  }
+  static __device__ __forceinline__ float4 ToFloat4(uint2 x) {
+    const float2 a = ToFloat2(x.x), b = ToFloat2(x.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+  }
+};
+
+// 2^x: one MUFU instruction. fp32, any x; 2^-22 relative; results below 2^-126 are 0 (the non-ftz form would spend
+// three more instructions on them, and a decay that small is a forgotten state).
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The decay 2^x, x <= 0. The exponential unit is a few parts in 10^8 low just below 1, which a state that remembers
+// 10^4 tokens adds up to 10^-5: invisible in 16-bit outputs, too much for fp32 ones. There, from -1/16 up, it is
+// 1 + x P(x) with P the series of (2^x - 1) / x: half an ulp.
+template <bool kFloat32>
+__device__ __forceinline__ float Decay(float x) {
+  const float y = Exp2(x);
+  if (!kFloat32) return y;
+  float p = 9.61812911e-03f;
+  p = fmaf(p, x, 5.55041087e-02f);
+  p = fmaf(p, x, 2.40226507e-01f);
+  p = fmaf(p, x, 6.93147181e-01f);
+  return x > -0.0625f ? fmaf(p, x, 1.0f) : y;
+}
+
+__device__ __forceinline__ float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log(1 + e^x) = max(x, 0) + e P(e), e = e^-|x|: no cancellation where x is very negative, one MUFU instead of two.
+// P is a minimax fit of log1p(e) / e on [0, 1]. Any x. Relative error of P: 9e-6 for 16-bit elements (whose own
+// rounding is 4.9e-4), 2e-7 for fp32. Above 20 the result is x.
+template <bool kFloat32>
+__device__ __forceinline__ float Softplus(float x) {
+  const float e = Exp2(fabsf(x) * -kLog2e);
+  float p;
+  if (kFloat32) {
+    p = 5.232730880e-03f;
+    p = fmaf(p, e, -2.950545959e-02f);
+    p = fmaf(p, e, 7.822645456e-02f);
+    p = fmaf(p, e, -1.366330236e-01f);
+    p = fmaf(p, e, 1.910604239e-01f);
+    p = fmaf(p, e, -2.484299541e-01f);
+    p = fmaf(p, e, 3.331909776e-01f);
+    p = fmaf(p, e, -4.999949336e-01f);
+    p = fmaf(p, e, 9.999999404e-01f);
+  } else {
+    p = -2.386938967e-02f;
+    p = fmaf(p, e, 1.012233421e-01f);
+    p = fmaf(p, e, -2.100501657e-01f);
+    p = fmaf(p, e, 3.252075016e-01f);
+    p = fmaf(p, e, -4.993615448e-01f);
+    p = fmaf(p, e, 9.999915957e-01f);
+  }
+  return fmaf(p, e, fmaxf(x, 0.0f));
+}
+
+// x sigmoid(x): two MUFU. 2^-21 relative; exact limits at both ends (rcp of infinity is 0).
+__device__ __forceinline__ float Silu(float x) { return x * Reciprocal(1.0f + Exp2(x * -kLog2e)); }
+
+}  // namespace vim::cuda
+
+#endif  // VIM_KERNELS_CUDA_MATH_CUH_
