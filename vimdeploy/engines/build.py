@@ -5,6 +5,9 @@ prepare the graph → load the plugin → parse → configure → build → prov
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import hashlib
 import json
 import os
 import re
@@ -22,10 +25,8 @@ from vimdeploy.engines.plugin import NAME, NAMESPACE, VERSION, load_plugin, plug
 from vimdeploy.engines.prepare import Prepared, prepare
 from vimdeploy.engines.profile import Profile
 from vimdeploy.engines.sidecar import Sidecar, sidecar_path
-from vimdeploy.errors import CheckFailed, EngineError, ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.errors import EngineError, ModelFileError, RuntimeMissing, UsageError
 from vimdeploy.runtimes import cuda
-
-GIB = 1 << 30
 
 
 class Progress:
@@ -102,7 +103,8 @@ def build_engine(
     out = _target(model, out, options.precision or info.precision)
     plugin = None if can.plugins == "none" else plugin_path(can, options.plugin)
     progress.step("typing the graph")
-    prepared = prepare(model, info, options.precision, can)
+    fixed = options.max_batch if options.min_batch == options.max_batch else None
+    prepared = prepare(model, info, options.precision, can, fixed)
     profile = Profile.of(
         prepared.input,
         prepared.shape,
@@ -116,7 +118,8 @@ def build_engine(
         plugin_facts = {"file": str(plugin), "sha256": digest, "name": NAME, "version": VERSION, "namespace": NAMESPACE}
     builder = module.Builder(logger)
     progress.step("parsing the graph")
-    network = _parse(module, can, builder, logger, prepared, model)
+    # The network reads its weights from the parser, so both must live until it is built.
+    network, _parser = _parse(module, can, builder, logger, prepared, model)
     if not can.strongly_typed and prepared.wanted.low != "fp32":
         constrain(module, network, prepared.types)
     config = _configure(module, can, builder, options, prepared, profile)
@@ -215,13 +218,8 @@ def _device(index: int) -> cuda.Device:
 
 
 def _check(options: BuildOptions, can: Capabilities) -> None:
-    if not all(hasattr(options, name) for name in ("runtime", "precision")) or options.precision not in (
-        None,
-        "fp32",
-        "fp16",
-        "bf16",
-    ):
-        raise UsageError(f"precision {options.precision!r} is not one of fp32, fp16, bf16")
+    if options.precision not in (None, "fp32", "fp16", "bf16"):
+        raise UsageError(f"precision {options.precision!r} is unknown", hint="choose fp32, fp16 or bf16")
     if options.version_compatible and not can.version_compatible:
         raise UsageError(f"{can} builds no version-compatible engines", hint="leave out --version-compatible")
     if options.timing_cache is not None and not can.timing_cache:
@@ -243,7 +241,9 @@ def _target(model: Path, out: Path | None, precision: str) -> Path:
     return out
 
 
-def _parse(module: Any, can: Capabilities, builder: Any, logger: Any, prepared: Prepared, model: Path) -> Any:
+def _parse(
+    module: Any, can: Capabilities, builder: Any, logger: Any, prepared: Prepared, model: Path
+) -> tuple[Any, Any]:
     flags = 0
     if can.strong_flag:
         flags |= 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
@@ -253,25 +253,25 @@ def _parse(module: Any, can: Capabilities, builder: Any, logger: Any, prepared: 
     parser = module.OnnxParser(network, logger)
     if not parser.parse(prepared.onnx):
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        said = "; ".join(_parser_error(error) for error in errors[:3]) or "no reason given"
-        if "plugin" in said.lower():
+        nodes = [_node_of(error, prepared) for error in errors]
+        texts = [" ".join(error.desc().split()) for error in errors]
+        said = "; ".join(f"{node}: {text}" for node, text in zip(nodes[:3], texts)) or "no reason given"
+        # Of any operator it does not know a parser says that it found no plugin.
+        if any(node in prepared.scans and "plugin" in text.lower() for node, text in zip(nodes, texts)):
             raise RuntimeMissing(
                 f"{can} found no plugin {NAME}, version {VERSION}, namespace {NAMESPACE!r} for {model}: {said}",
                 hint="name the plugin library with --plugin",
             )
         raise EngineError(f"{can} cannot read {model}: {said}", hint="export it again, or report it with this message")
-    # The network refers to the parser's weights: it must live as long.
-    network_parsers[id(network)] = parser
-    return network
+    return network, parser
 
 
-#: Parsers by network; emptied never, one entry a build.
-network_parsers: dict[int, Any] = {}
-
-
-def _parser_error(error: Any) -> str:
-    name = error.node_name() if hasattr(error, "node_name") else ""
-    return f"{name + ': ' if name else ''}{' '.join(error.desc().split())}"
+def _node_of(error: Any, prepared: Prepared) -> str:
+    """The name of the node a parser error is about; 8.5 gives its position only."""
+    if hasattr(error, "node_name"):
+        return str(error.node_name())
+    position = error.node()
+    return prepared.nodes[position] if 0 <= position < len(prepared.nodes) else "the graph"
 
 
 def _configure(
@@ -294,16 +294,32 @@ def _configure(
         config.set_flag(flag.VERSION_COMPATIBLE)
     if options.workspace is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
-    if can.faster_dynamic_shapes:
-        config.set_preview_feature(module.PreviewFeature.FASTER_DYNAMIC_SHAPES_0805, True)
     if can.external_tactics:
-        # Not needed for Vim's layers, and not everywhere there: a host without cuDNN builds the same engine.
-        sources = config.get_tactic_sources()
-        for name in ("CUBLAS", "CUBLAS_LT", "CUDNN"):
-            if hasattr(module.TacticSource, name):
-                sources &= ~(1 << int(getattr(module.TacticSource, name)))
-        config.set_tactic_sources(sources)
+        config.set_tactic_sources(config.get_tactic_sources() & ~_absent_tactics(module))
     return config
+
+
+#: TensorRT's outside sources of kernels: the library, and a function it must have to be more than a stand-in.
+_SOURCES = {
+    "CUBLAS": ("libcublas.so.{cuda}", "cublasCreate_v2"),
+    "CUBLAS_LT": ("libcublasLt.so.{cuda}", "cublasLtCreate"),
+    "CUDNN": ("libcudnn.so.8", "cudnnCreate"),
+}
+
+
+def _absent_tactics(module: Any) -> int:
+    """The sources whose library is not on this host, as bits: TensorRT would fail on calling them."""
+    bits = 0
+    for name, (library, function) in _SOURCES.items():
+        if not hasattr(module.TacticSource, name):
+            continue
+        present = False
+        for cuda_major in (11, 12, 13):
+            with contextlib.suppress(OSError):
+                present |= hasattr(ctypes.CDLL(library.format(cuda=cuda_major), mode=os.RTLD_LAZY), function)
+        if not present:
+            bits |= 1 << int(getattr(module.TacticSource, name))
+    return bits
 
 
 def _monitor(module: Any, progress: Progress) -> Any:
@@ -328,7 +344,7 @@ def _open_cache(module: Any, config: Any, path: Path | None) -> dict[str, Any] |
     if path is None:
         return None
     if path.is_dir():
-        raise UsageError(f"{path} is a folder; --timing-cache takes a file")
+        raise UsageError(f"{path} is a folder", hint="--timing-cache takes a file")
     content = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
@@ -366,12 +382,12 @@ def _of_build(logger: Any, can: Capabilities, options: BuildOptions) -> EngineEr
 
 
 def _last(logger: Any) -> str:
-    return " ".join(logger.errors[-1].split()) if logger.errors else "no reason given"
+    """What TensorRT said: its first error is the cause, its last the step that gave up."""
+    said = [" ".join(error.split()) for error in logger.errors]
+    return "; then ".join(dict.fromkeys((said[0], said[-1]))) if said else "no reason given"
 
 
 def _sha256(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 
@@ -390,6 +406,3 @@ def _write(out: Path, plan: bytes, sidecar: Sidecar, model: Path) -> None:
             "precision": sidecar.precision["asked"],
         }
         bundle.update_manifest(out.parent, {out.name: facts, sidecar_path(out).name: facts})
-
-
-__all__ = ["BuildOptions", "BuildResult", "CheckFailed", "Progress", "build_engine"]

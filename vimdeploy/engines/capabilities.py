@@ -39,8 +39,7 @@ class Capabilities:
     version_compatible: bool
     external_tactics: bool  # cuBLAS and cuDNN can be switched off as sources of kernels
     functions: bool  # its parser inlines model-local functions
-    fold_taps: bool  # its builder is slow with many small nodes: write short convolutions as one
-    faster_dynamic_shapes: bool  # ... unless its compiler, Myelin, may take the dynamic parts of the graph
+    slow_slices: bool  # its builder takes minutes over slices of a dynamic batch
     plugins: str
     max_opset: int | None  # None: every opset vimdeploy writes
 
@@ -69,8 +68,7 @@ def capabilities_of(module: Any, runtime: str) -> Capabilities:
         version_compatible=not rtx and hasattr(builder_flags, "VERSION_COMPATIBLE"),
         external_tactics=not rtx and hasattr(getattr(module, "TacticSource", None), "CUBLAS"),
         functions=v3,
-        fold_taps=not v3,
-        faster_dynamic_shapes=hasattr(getattr(module, "PreviewFeature", None), "FASTER_DYNAMIC_SHAPES_0805"),
+        slow_slices=not v3,
         plugins="none" if rtx else "v3" if v3 else "v2",
         max_opset=None if v3 else _OLD_PARSER_OPSET,
     )

@@ -12,7 +12,7 @@ from vimdeploy.engines.capabilities import Capabilities
 from vimdeploy.engines.inspect import Wanted
 from vimdeploy.errors import ModelFileError, UsageError
 from vimdeploy.export import functions, schema
-from vimdeploy.passes.depthwise import depthwise_convolutions
+from vimdeploy.passes.no_slices import without_slices
 from vimdeploy.passes.opset import lower_opset, raise_opset
 from vimdeploy.passes.precision import BF16_OPSET, to_precision
 
@@ -26,16 +26,20 @@ class Prepared:
     shape: tuple[int | None, ...]
     wanted: Wanted
     types: dict[str, str]  # value -> fp32 | fp16 | bf16
+    nodes: tuple[str, ...]  # names, in the graph's order
+    scans: frozenset[str]  # names of the vim:: nodes
 
 
 _NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
-def prepare(model: Path, info: ModelInfo, precision: str | None, capabilities: Capabilities) -> Prepared:
+def prepare(
+    model: Path, info: ModelInfo, precision: str | None, capabilities: Capabilities, batch: int | None = None
+) -> Prepared:
     """Type, lower and strip or inline the graph of `model` for a parser that can do what `capabilities` says.
 
-    `precision` None keeps the file's own; a file that is typed already takes no other. Raises UsageError,
-    ModelFileError, ExportError (a weight too large for fp16).
+    `precision` None keeps the file's own; a file that is typed already takes no other. `batch` fixes the batch. Raises
+    UsageError, ModelFileError, ExportError (a weight too large for fp16).
     """
     if precision and info.precision not in ("fp32", precision):
         raise UsageError(
@@ -49,8 +53,10 @@ def prepare(model: Path, info: ModelInfo, precision: str | None, capabilities: C
     graph.functions.clear()
     if capabilities.max_opset is not None:
         lower_opset(graph, capabilities.max_opset)
-    if can_fold(capabilities):
-        depthwise_convolutions(graph)
+    if batch is not None:
+        _fix_batch(graph, batch)
+    if capabilities.slow_slices and info.precision == "fp32":
+        without_slices(graph)
     if precision == "bf16":
         raise_opset(graph, BF16_OPSET)
     if info.precision == "fp32":
@@ -60,15 +66,21 @@ def prepare(model: Path, info: ModelInfo, precision: str | None, capabilities: C
         raise ModelFileError(f"{model} does not say the shape of its input", hint="export it again")
     wanted = Wanted.of(graph.graph, precision)
     types = _types(graph.graph)
+    scans = frozenset(str(node.name) for node in graph.graph if node.domain == schema.DOMAIN)
     shape = tuple(side if isinstance(side, int) else None for side in image.shape)
     if capabilities.plugins == "none":
         functions.attach(graph, "scan")
         graph = _inlined(graph)
-    return Prepared(ir.to_proto(graph).SerializeToString(), image.name, shape, wanted, types)
+    nodes = tuple(node.name or node.op_type for node in graph.graph)
+    return Prepared(ir.to_proto(graph).SerializeToString(), image.name, shape, wanted, types, nodes, scans)
 
 
-def can_fold(capabilities: Capabilities) -> bool:
-    return capabilities.fold_taps
+def _fix_batch(model: ir.Model, batch: int) -> None:
+    """Every first side that the caller decides becomes `batch`: shapes are then constants, and builds quicker."""
+    graph = model.graph
+    for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+        if value.shape is not None and len(value.shape) and not isinstance(value.shape[0], int):
+            value.shape = ir.Shape([batch, *list(value.shape)[1:]])
 
 
 def _types(graph: ir.Graph) -> dict[str, str]:

@@ -63,10 +63,10 @@ def raise_opset(model: ir.Model, opset: int) -> ir.Model:
     if current >= opset:
         return model
     for node in model.graph:
-        same = current >= 18 and (
-            node.op_type in ("ReduceMean", "ReduceMax", "Shape") or _same_form(node, opset, current)
-        )
-        if node.domain in ("", "ai.onnx") and not same:
+        if node.domain not in ("", "ai.onnx"):
+            continue
+        reduction = node.op_type in ("ReduceMean", "ReduceMax", "Shape")
+        if current < 18 or not (reduction or _same_form(node, opset, current)):
             raise ExportError(
                 f"{node.name or node.op_type}: {node.op_type} of opset {current} may differ in opset {opset}",
                 hint=f"export with --opset {opset}",

@@ -25,6 +25,7 @@ from vimdeploy.runtimes.base import Session
 from vimdeploy.runtimes.library import ENVIRONMENT, ort_library_path
 from vimdeploy.verify import samples
 from vimdeploy.verify.compare import Errors, Tolerance, errors
+from vimdeploy.verify.overflow import explain
 from vimdeploy.verify.reference import CHUNK, Reference, SavedReference, TorchReference, chunks, ranked
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Candidate:
     session: Session
     precision: str  # fp32 | fp16 | bf16: which reference and limits it is held to
     cap: Tolerance | None = None  # limits besides the measured ones
+    onnx: Path | None = None  # the graph it was made of, to look for overflow in
 
 
 def parity(
@@ -214,7 +216,8 @@ def _candidates(
             sessions, left_out, notices = _sessions(stack, artifact, info, tuple(ort), asked=bool(wanted))
             skipped += left_out
             found += [
-                Candidate(runtime, artifact.name, session, info.precision) for runtime, session in sessions.items()
+                Candidate(runtime, artifact.name, session, info.precision, onnx=artifact)
+                for runtime, session in sessions.items()
             ]
     if wanted and "tensorrt" in wanted and not plans:
         raise UsageError("there is no plan to compare", hint="make one with `vimdeploy build-engine`")
@@ -240,7 +243,9 @@ def _plan(stack: ExitStack, plan: Path, plugin: Path | None) -> Candidate:
     precision = session.sidecar.precision["asked"]
     if precision == "fp32" and session.sidecar.tf32:
         precision = "fp16"  # TF32 products have fp16's 10 bits
-    return Candidate("tensorrt", plan.name, session, precision, PLAN_FP16 if precision == "fp16" else None)
+    onnx = plan.parent / str(session.sidecar.onnx["file"])
+    cap = PLAN_FP16 if precision == "fp16" else None
+    return Candidate("tensorrt", plan.name, session, precision, cap, onnx)
 
 
 def _capped(limit: Tolerance, cap: Tolerance | None) -> Tolerance:
@@ -324,6 +329,8 @@ def _rows(
             try:
                 measured = errors(outputs[name], want, ranked=ranked(info))
                 failed = tuple(limit.failures(measured))
+                if not measured.finite:
+                    failed += (explain(candidate.onnx, candidate.precision, batch, outputs[name]),)
             except ValueError as error:
                 failed = (str(error),)
         rows.append(Row(candidate.runtime, candidate.session.describe(), name, images, measured, limit, failed,
