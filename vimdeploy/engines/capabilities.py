@@ -39,7 +39,7 @@ class Capabilities:
     version_compatible: bool
     external_tactics: bool  # cuBLAS and cuDNN can be switched off as sources of kernels
     functions: bool  # its parser inlines model-local functions
-    slow_slices: bool  # its builder takes minutes over slices of a dynamic batch
+    slow_slices: bool  # its builder is slow with slices of a dynamic batch (passes/no_slices.py)
     plugins: str
     max_opset: int | None  # None: every opset vimdeploy writes
 

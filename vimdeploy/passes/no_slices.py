@@ -1,7 +1,8 @@
 """Write a Vim graph without slices of activations and without computed shapes, for a builder that is slow with both.
 
-TensorRT 8.5 turns each Slice, Split and Unsqueeze of a dynamic batch into a subgraph of shape arithmetic, and walks
-those chains anew for every layer it looks at. Three rewrites, each exact:
+TensorRT 8.5's parser turns each Slice, Split and Unsqueeze of a dynamic batch into a subgraph of shape arithmetic. On
+an H100 its optimizer spent 49 s in two passes over an eight-block Vim (828 layers) before it timed a first kernel.
+These rewrites take out what makes it compute shapes; how much time they save has not been measured. Each is exact:
 
 1. MatMul (x, W) -> Split            becomes one MatMul for each part, with that part of W's columns. No copies either:
                                      a plugin wants its inputs dense.

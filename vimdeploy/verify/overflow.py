@@ -31,14 +31,10 @@ def first_nonfinite(model: Path, precision: str, image: np.ndarray) -> str | Non
     if not typed:
         to_precision(graph, precision)
     functions.attach(graph, "scan")
-    watched = []
-    for node in graph.graph:
-        value = node.outputs[0]
-        if value.dtype in _FLOATS and not value.is_graph_output():
-            graph.graph.outputs.append(value)
-            watched.append((node.name or node.op_type, node.op_type, str(value.name)))
-        elif value.dtype in _FLOATS:
-            watched.append((node.name or node.op_type, node.op_type, str(value.name)))
+    watched = [node for node in graph.graph if node.outputs[0].dtype in _FLOATS]
+    for node in watched:
+        if not node.outputs[0].is_graph_output():
+            graph.graph.outputs.append(node.outputs[0])
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -49,13 +45,14 @@ def first_nonfinite(model: Path, precision: str, image: np.ndarray) -> str | Non
     (fed,) = session.get_inputs()
     batch = np.repeat(image, fed.shape[0], axis=0) if isinstance(fed.shape[0], int) else image
     values = dict(zip(names, session.run(None, {fed.name: batch}), strict=True))
-    largest = float(np.abs(image).max())
-    for name, op, output in watched:
-        result = values[output].astype(np.float64)
+    values[fed.name] = batch
+    for node in watched:
+        result = values[str(node.outputs[0].name)]
         if not np.isfinite(result).all():
+            read = [values[str(v.name)] for v in node.inputs if v is not None and v.name in values]
+            largest = max((float(np.abs(x.astype(np.float64)).max()) for x in read if x.size), default=0.0)
             kind = "NaN" if np.isnan(result).any() else "Inf"
-            return f"{kind} first in {name} ({op}), whose inputs reach {largest:.3g}"
-        largest = float(np.abs(result).max()) if result.size else largest
+            return f"{kind} first in {node.name or node.op_type} ({node.op_type}), whose inputs reach {largest:.3g}"
     return None
 
 

@@ -124,13 +124,14 @@ class SavedReference:
             raise UsageError(f"{path} does not exist", hint="write it where torch is: vimdeploy verify parity "
                              f"--save-reference {path.name}")  # fmt: skip
         try:
-            with np.load(path, allow_pickle=False) as content:
+            # Opened here: np.load leaves the file open when it is not what it expects.
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as content:
                 facts = json.loads(str(content["facts"]))
                 arrays = {name: content[name] for name in content.files if name != "facts"}
             if facts["format"] != _FORMAT:
                 raise ValueError(f"format {facts['format']}")
             self._torch, self._identity = facts["torch"], facts["identity"]
-        except (ValueError, KeyError, OSError, zipfile.BadZipFile) as error:
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ModelFileError(
                 f"{path} is not a reference of `verify parity` ({error})", hint="write it again with --save-reference"
             ) from error

@@ -1,0 +1,87 @@
+"""engines/capabilities.py against stand-ins that have what each TensorRT has, and no more."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from vimdeploy.engines.capabilities import RTX, TENSORRT, capabilities_of, import_runtime
+from vimdeploy.errors import RuntimeMissing, UsageError
+
+
+def names(*words: str) -> SimpleNamespace:
+    return SimpleNamespace(**{word: i for i, word in enumerate(words)})
+
+
+def trt_8_5() -> SimpleNamespace:
+    """As 8.5.3.1's own dir() says."""
+    return SimpleNamespace(
+        __version__="8.5.3.1",
+        Runtime=object,
+        BuilderFlag=names("FP16", "INT8", "TF32", "OBEY_PRECISION_CONSTRAINTS", "PREFER_PRECISION_CONSTRAINTS"),
+        NetworkDefinitionCreationFlag=names("EXPLICIT_BATCH", "EXPLICIT_PRECISION"),
+        DataType=names("FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8"),
+        TacticSource=names("CUBLAS", "CUBLAS_LT", "CUDNN"),
+        ITimingCache=object,
+    )
+
+
+def trt_10() -> SimpleNamespace:
+    module = trt_8_5()
+    module.__version__ = "10.14.1.48"
+    module.NetworkDefinitionCreationFlag = names("EXPLICIT_BATCH", "STRONGLY_TYPED")
+    module.BuilderFlag = names("FP16", "TF32", "PREFER_PRECISION_CONSTRAINTS", "VERSION_COMPATIBLE")
+    module.DataType = names("FLOAT", "HALF", "BF16")
+    module.IPluginV3 = module.IProgressMonitor = object
+    return module
+
+
+def trt_11() -> SimpleNamespace:
+    module = trt_10()
+    module.__version__ = "11.4.0.106"
+    module.NetworkDefinitionCreationFlag = names("STRONGLY_TYPED")
+    module.BuilderFlag = names("TF32", "VERSION_COMPATIBLE")
+    return module
+
+
+def test_8_5_must_be_told_what_the_graph_says() -> None:
+    can = capabilities_of(trt_8_5(), TENSORRT)
+    assert not can.strongly_typed and not can.strong_flag and can.precision_constraints and can.explicit_batch_flag
+    assert not can.bf16 and not can.progress and not can.version_compatible and can.timing_cache and can.needs_gpu
+    assert can.plugins == "v2" and not can.functions
+    # It claims opset 16 and ignores the attributes that Shape got in 15.
+    assert can.max_opset == 14
+    assert can.slow_slices
+    assert str(can) == "TensorRT 8.5.3.1"
+
+
+def test_10_takes_the_graph_at_its_word() -> None:
+    can = capabilities_of(trt_10(), TENSORRT)
+    assert can.strongly_typed and can.strong_flag and not can.explicit_batch_flag
+    assert can.bf16 and can.progress and can.version_compatible and can.functions
+    assert can.plugins == "v3" and can.max_opset is None and not can.slow_slices
+
+
+def test_11_has_no_precision_flags_left() -> None:
+    can = capabilities_of(trt_11(), TENSORRT)
+    assert can.strongly_typed and can.strong_flag and not can.precision_constraints
+
+
+def test_rtx_takes_no_plugin_and_needs_no_card_to_build() -> None:
+    can = capabilities_of(trt_11(), RTX)
+    assert can.plugins == "none" and not can.needs_gpu and not can.timing_cache and not can.version_compatible
+    assert str(can) == "TensorRT-RTX 11.4.0.106"
+
+
+def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="'openvino'"):
+        import_runtime("openvino")
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(RuntimeMissing, match="tensorrt is not installed") as caught:
+        import_runtime(TENSORRT)
+    assert caught.value.hint == "pip install 'vimdeploy[tensorrt]'"
+    monkeypatch.setitem(sys.modules, "tensorrt", ModuleType("tensorrt"))
+    with pytest.raises(RuntimeMissing, match="without its libraries"):
+        import_runtime(TENSORRT)
