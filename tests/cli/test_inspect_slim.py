@@ -15,7 +15,8 @@ from click.testing import CliRunner, Result
 from official import SMALL, SMALL_NAME, official_content, random_model, write_official, write_small
 
 from vimdeploy.cli.main import cli
-from vimdeploy.models.checkpoints import load_model, read_checkpoint
+from vimdeploy.models.checkpoints import read_checkpoint
+from vimdeploy.models.loading import load_model
 from vimdeploy.models.variants import REGISTERED, registered_config
 
 SETTINGS = "stride=8,cls=middle,divide=yes,img_size=32"

@@ -21,7 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vimdeploy.errors import CheckpointError, UsageError, VariantError, VimDeployError
-from vimdeploy.models.checkpoints import AmbiguousVariant, load_model, read_checkpoint, recognise, slim
+from vimdeploy.models.checkpoints import read_checkpoint
+from vimdeploy.models.loading import load_model, slim
+from vimdeploy.models.recognise import AmbiguousVariant, recognise
 from vimdeploy.models.resize import resize_pos_embed
 from vimdeploy.models.variants import REGISTERED, VimConfig, registered_config
 

@@ -45,7 +45,9 @@ def command(checkpoint: Path, variant: str | None, as_json: bool) -> None:
 
 def describe(path: Path, variant: str | None = None) -> dict[str, Any]:
     """All that `inspect` prints, as plain values. Raises as read_checkpoint and recognise do, except for ambiguity."""
-    from vimdeploy.models.checkpoints import AmbiguousVariant, non_finite, printable, read_checkpoint, recognise
+    from vimdeploy.models.checkpoints import printable, read_checkpoint
+    from vimdeploy.models.loading import non_finite
+    from vimdeploy.models.recognise import AmbiguousVariant, recognise
     from vimdeploy.models.variants import REGISTERED
 
     checkpoint = read_checkpoint(path)

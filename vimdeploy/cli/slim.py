@@ -28,7 +28,7 @@ def command(checkpoint: Path, output: Path | None, weights: str, variant: str | 
     """
     with render.steps() as step:
         step("reading the checkpoint")
-        from vimdeploy.models.checkpoints import slim
+        from vimdeploy.models.loading import slim
 
         result = slim(checkpoint, output or Path(checkpoint.stem + ".safetensors"), weights, variant)
     if as_json:

@@ -23,7 +23,9 @@ from vimdeploy.bundle import ModelInfo
 from vimdeploy.errors import CheckFailed, ExportError, UsageError
 from vimdeploy.export import functions, schema
 from vimdeploy.export.translate import BATCH, OPSETS, translate
-from vimdeploy.models.checkpoints import Checkpoint, Recognition, load_model, read_checkpoint
+from vimdeploy.models.checkpoints import Checkpoint, read_checkpoint
+from vimdeploy.models.loading import load_model
+from vimdeploy.models.recognise import Recognition
 from vimdeploy.models.vim import Vim
 from vimdeploy.passes.precision import BF16_OPSET, PRECISIONS, to_precision
 from vimdeploy.preprocess import Preprocessing

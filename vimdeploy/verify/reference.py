@@ -182,7 +182,8 @@ def _check_same(mine: Mapping[str, Any], other: Mapping[str, Any], artifact: Pat
 
 def load_reference(info: ModelInfo, artifact: Path, checkpoint: Checkpoint | Path | str) -> Vim:
     """The network `artifact` was exported from, read anew. Raises ModelFileError when it is of another checkpoint."""
-    from vimdeploy.models.checkpoints import Checkpoint, load_model, read_checkpoint
+    from vimdeploy.models.checkpoints import Checkpoint, read_checkpoint
+    from vimdeploy.models.loading import load_model
     from vimdeploy.models.variants import settings_of
 
     if not isinstance(checkpoint, Checkpoint):
