@@ -43,26 +43,82 @@ VIM_INLINE typename WordOf<F>::Type Bits(F x) {
   return BitCast<typename WordOf<F>::Type>(x);
 }
 
-// Relative error of Exp2 for x in [-125.5, 127.5]. Below -126.5 the result is 0, above 127.5 it is infinity.
-// Exp2(0) is exactly 1, so a state that does not decay does not drift.
+// Relative error of Exp2 for x in [-125.5, 127.5]. Below -126 the result is less than 1.2e-38 and below -127.1 it is 0;
+// from 128 on it is infinity. Exp2(0) is exactly 1, so a state that does not decay does not drift.
 constexpr double kExp2MaxRelativeError = 2.0e-7;
 constexpr float kExp2Low = -125.5f;
 constexpr float kExp2High = 127.5f;
 
-// Adding it rounds to a whole number, and leaves that number plus the exponent's bias in the low mantissa bits.
-constexpr float kRoundAndBias = 12582912.0f + 127.0f;
+// A product that is not to be fused with the sums it goes into. Fused into two of them it takes two turns of the
+// multipliers for one; on 512-bit vectors, with adders besides them (Zen 4), they are what the scan waits for: 4 %.
+template <typename F>
+VIM_INLINE F Unfused(F product) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 64) asm("" : "+v"(product));
+#endif
+  return product;
+}
 
-// 2^fraction x 2^whole, where `fraction` is in [-1/2, 1/2] and `biased` is whole + kRoundAndBias.
+// Where one instruction looks up eight values, x is cut into whole eighths and a rest: two terms of the polynomial
+// less.
+template <typename F>
+constexpr bool kHasLookup =
+#if defined(__AVX512F__)
+    sizeof(F) == 64 ||
+#endif
+#if defined(__AVX2__)
+    sizeof(F) == 32 ||
+#endif
+    false;
+
+// Adding it rounds to a whole number, or to whole eighths. The low bits of the mantissa then hold that number plus the
+// exponent's bias, or the number of eighths.
+template <typename F>
+constexpr float kRound = kHasLookup<F> ? 12582912.0f / 8 : 12582912.0f + 127.0f;
+
+// The bits of 2^(j/8), rounded, less j << 20. Twice, so that four bits of an index do no harm.
+alignas(64) constexpr uint32_t kEighths[16] = {
+    0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u, 0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u,
+    0x3f800000u, 0x3f7b95c2u, 0x3f7837f0u, 0x3f75fed7u, 0x3f7504f3u, 0x3f75672au, 0x3f7744fdu, 0x3f7ac0c7u,
+};
+
+// kEighths at the low bits of each lane.
+template <typename F>
+VIM_INLINE typename WordOf<F>::Type LookUpEighths(typename WordOf<F>::Type index) {
+  using W = typename WordOf<F>::Type;
+  W table;
+  std::memcpy(&table, kEighths, sizeof table);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(F) == 64)
+    return BitCast<W>(_mm512_maskz_permutexvar_epi32(0xffff, BitCast<__m512i>(index), BitCast<__m512i>(table)));
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(F) == 32)
+    return BitCast<W>(_mm256_permutevar8x32_epi32(BitCast<__m256i>(table), BitCast<__m256i>(index)));
+#endif
+  return table + index;  // not reached: see kHasLookup
+}
+
+// 2^fraction x 2^whole, where `biased` is whole + kRound and |fraction| is at most half of what that rounds to.
 template <typename F>
 VIM_INLINE F Exp2Parts(F fraction, F biased) {
-  // Minimax for 1 + f q(f), which has p(0) = 1: 9.1e-8 before rounding.
-  F p = 0.0013264727f * fraction + 0.009671513f;
-  p = p * fraction + 0.055507336f;
-  p = p * fraction + 0.24022242f;
-  p = p * fraction + 0.693147f;
-  p = p * fraction + 1.0f;
-  // A product, not an addition to the exponent bits: the latter can turn a NaN's payload into a number.
-  return p * BitCast<F>(Bits(biased) << 23);
+  if constexpr (kHasLookup<F>) {
+    // Minimax for 1 + f q(f), which has p(0) = 1: 2.7e-8 before rounding.
+    F p = 0.055496223f * fraction + 0.24025764f;
+    p = p * fraction + 0.69314724f;
+    p = p * fraction + 1.0f;
+    // A NaN's payload may become a number here; its fraction is a NaN too.
+    return p * BitCast<F>(LookUpEighths<F>(Bits(biased)) + (Bits(biased) << 20));
+  } else {
+    // Minimax as above: 9.1e-8 before rounding.
+    F p = 0.0013264727f * fraction + 0.009671513f;
+    p = p * fraction + 0.055507336f;
+    p = p * fraction + 0.24022242f;
+    p = p * fraction + 0.693147f;
+    p = p * fraction + 1.0f;
+    // A product, not an addition to the exponent bits: the latter can turn a NaN's payload into a number.
+    return p * BitCast<F>(Bits(biased) << 23);
+  }
 }
 
 // The larger and the smaller of x and a bound, x itself when it is NaN. That is what the instructions of x86 do with
@@ -98,49 +154,60 @@ VIM_INLINE F AtMost(F x, float bound) {
   return x > high ? high : x;
 }
 
+// Exp2 for x in [kExp2Low, kExp2High] or NaN; the same bits.
 template <typename F>
-VIM_INLINE F Exp2(F x) {
-  x = AtMost(AtLeast(x, -127.0f), 128.0f);
-  const F biased = x + kRoundAndBias;
-  return Exp2Parts(x - (biased - kRoundAndBias), biased);
+VIM_INLINE F Exp2InRange(F x) {
+  const F biased = x + kRound<F>;
+  return Exp2Parts(x - (biased - kRound<F>), biased);
 }
 
-// Relative error of Exp for x in [-87, 88]. Below it falls to less than 1e-38, above 88.4 it is infinity.
+template <typename F>
+VIM_INLINE F Exp2(F x) {
+  return Exp2InRange(AtMost(AtLeast(x, -127.0f), 128.0f));
+}
+
+// Relative error of Exp for x in [-87, 88]. Below it falls to less than 1e-38, above 88.7 it is infinity.
 constexpr double kExpMaxRelativeError = 2.0e-7;
 constexpr float kExpLow = -87.0f;
 constexpr float kExpHigh = 88.0f;
 
+// Exp for x in [-88, 88.7] or NaN.
 template <typename F>
-VIM_INLINE F Exp(F x) {
+VIM_INLINE F ExpInRange(F x) {
   constexpr float kLog2E = 1.44269504f;
-  constexpr float kLn2High = 0.693359375f;  // 9 bits: exact when multiplied by any whole number met here
+  constexpr float kLn2High = 0.693359375f;  // 9 bits: exact when multiplied by any number of eighths met here
   constexpr float kLn2Low = -2.12194440e-4f;
-  x = AtMost(AtLeast(x, -88.0f), 88.7f);
-  const F biased = x * kLog2E + kRoundAndBias;
-  const F whole = biased - kRoundAndBias;
+  const F biased = x * kLog2E + kRound<F>;
+  const F whole = biased - kRound<F>;
   const F rest = (x - whole * kLn2High) - whole * kLn2Low;
   return Exp2Parts(rest * kLog2E, biased);
 }
 
-// Relative error of Softplus for x >= -87. x itself above 20, as in PyTorch.
+template <typename F>
+VIM_INLINE F Exp(F x) {
+  return ExpInRange(AtMost(AtLeast(x, -88.0f), 88.7f));
+}
+
+// Relative error of Softplus for x >= -87. x itself above 20, as in PyTorch: what is added there rounds away.
 constexpr double kSoftplusMaxRelativeError = 3.5e-7;
 
 template <typename F>
 VIM_INLINE F Softplus(F x) {
-  const F zero = {};
-  const F e = Exp(x > zero ? -x : x);  // in (0, 1]
-  // log1p(e) = 2 atanh(e / (2 + e)); the series in the square converges fast because the argument is at most 1/3.
-  const F s = e / (2.0f + e);
-  const F s2 = s * s;
-  F r = 0.14012311f * s2 + 0.13999555f;
-  r = r * s2 + 0.2001085f;
-  r = r * s2 + 0.33333206f;
-  const F log1p = 2.0f * s + 2.0f * s * s2 * r;
-  const F y = (x > zero ? x : zero) + log1p;
-  return x > zero + 20.0f ? x : y;
+  const F minus_size = BitCast<F>(Bits(x) | 0x80000000u);
+  const F e = ExpInRange(AtLeast(minus_size, -88.0f));  // in (0, 1]
+  // log1p(e) / e, minimax on [0, 1]: 3.1e-8 before rounding. Without a division, which would take longer.
+  F r = 0.0052326927f * e - 0.029505232f;
+  r = r * e + 0.07822594f;
+  r = r * e - 0.13663244f;
+  r = r * e + 0.19106007f;
+  r = r * e - 0.24842982f;
+  r = r * e + 0.33319098f;
+  r = r * e - 0.49999493f;
+  r = r * e + 0.99999994f;
+  return r * e + AtLeast(x, 0.0f);
 }
 
-// Relative error of Silu (x times the logistic function) for x >= -87; below -88.4 it is -0.
+// Relative error of Silu (x times the logistic function) for x >= -87; below -88.7 it is -0.
 constexpr double kSiluMaxRelativeError = 2.7e-7;
 
 template <typename F>

@@ -4,7 +4,8 @@
 // tiles x states x kLanes floats, in the first-level cache and walks the tokens a chunk at a time; for each chunk it
 //   loads  B and C, to fp32; then for each tile
 //   loads  u and delta, to fp32; softplus
-//   scans  for each token, for each state: s = exp2(Delta A') s + (Delta u) B, y += C s    with A' = A log2(e)
+//   scans  for each token, for each state: s = exp2(Delta A') s + (Delta u) B, y += C s    with A' = A log2(e);
+//          meanwhile the rows of the next chunk are fetched
 //   stores y, gated by z, in the io type
 // Nothing is shared between tasks and no sum runs across lanes, so the result depends neither on the number of threads
 // nor on the number of tiles in a task.
@@ -83,9 +84,38 @@ struct Workspace {
   Row<kWidth> A[kMaxRows];  // times log2(e), so that the scan needs exp2 only
   Row<kWidth> state[kMaxRows];
   Row<kWidth> bias[kMaxTiles], skip[kMaxTiles];
-  Row<kWidth> u[kChunkTokens];  // becomes y
+  Row<kWidth> reach[kMaxTiles];  // the largest |A| of each channel
+  Row<kWidth> u[kChunkTokens];   // becomes y
   Row<kWidth> delta[kChunkTokens];
   float B[kChunkStates], C[kChunkStates];
+};
+
+// |x|, and the larger of two. A NaN for x is passed over: it stays one on any way through the scan.
+template <typename F>
+VIM_INLINE F Size(F x) {
+  return BitCast<F>(Bits(x) & 0x7fffffffu);
+}
+
+template <typename F>
+VIM_INLINE F Larger(F most, F x) {
+  return x > most ? x : most;
+}
+
+// The rows that the next chunk of a tile reads and writes. Each is a short piece, a row's length from the one before,
+// which processors do not foresee across pages; asked for one by one while the states of this chunk are computed, they
+// are at hand when their turn comes. (All at once was no gain.)
+struct Ahead {
+  const char* row[4];  // u, delta, y, z; y again where there is no z
+  int64_t stride[4];   // bytes
+  int tokens;
+
+  VIM_INLINE void FetchNext() {
+    if (tokens-- <= 0) return;
+    for (int i = 0; i < 4; ++i) {
+      __builtin_prefetch(row[i]);
+      row[i] += stride[i];
+    }
+  }
 };
 
 template <typename Io, int kWidth>
@@ -128,14 +158,17 @@ VIM_INLINE void LoadStates(float* to, const typename Io::Type* from, int tokens,
   }
 }
 
-// y (in the place of u) = D u + <C, s> for each token of the chunk, and the state moved on.
-template <int kWidth>
-VIM_INLINE void ScanChunk(Workspace<kWidth>& work, int tile, int tokens, int states) {
+// y (in the place of u) = D u + <C, s> for each token of the chunk, and the state moved on. kStates: their number where
+// it is known, so that the loop over them unrolls; else 0. kInRange: Exp2InRange will do.
+template <int kWidth, int kStates, bool kInRange>
+VIM_INLINE void ScanTokens(Workspace<kWidth>& work, int tile, int tokens, int any_states, Ahead& ahead) {
   using Float = typename Vector<kWidth>::Float;
   constexpr int kParts = kLanes / kWidth;
+  const int states = kStates ? kStates : any_states;
   const Row<kWidth>* const A = work.A + tile * states;
   Row<kWidth>* const state = work.state + tile * states;
   for (int t = 0; t < tokens; ++t) {
+    ahead.FetchNext();
     const float* const B = work.B + t * states;
     const float* const C = work.C + t * states;
     Float delta[kParts], delta_u[kParts], y[kParts];
@@ -145,15 +178,40 @@ VIM_INLINE void ScanChunk(Workspace<kWidth>& work, int tile, int tokens, int sta
       delta_u[p] = delta[p] * u;
       y[p] = work.skip[tile].part[p] * u;
     }
-    for (int n = 0; n < states; ++n) {
+    const auto update = [&](int n) {
       for (int p = 0; p < kParts; ++p) {
-        const Float s = Exp2(delta[p] * A[n].part[p]) * state[n].part[p] + delta_u[p] * B[n];
+        const Float exponent = Unfused(delta[p] * A[n].part[p]);
+        const Float decay = kInRange ? Exp2InRange(exponent) : Exp2(exponent);
+        const Float s = decay * state[n].part[p] + delta_u[p] * B[n];
         state[n].part[p] = s;
         y[p] += s * C[n];
       }
+    };
+    int n = 0;
+    for (; n + 4 <= states; n += 4) {
+      update(n);
+      update(n + 1);
+      update(n + 2);
+      update(n + 3);
     }
+    for (; n < states; ++n) update(n);
     for (int p = 0; p < kParts; ++p) work.u[t].part[p] = y[p];
   }
+}
+
+// `most`: the largest |delta| of the chunk, channel by channel. A chunk in which no exponent of this tile can leave the
+// range of Exp2 skips the clamps, a fifth of the work on 256-bit vectors; steps as large as that are rare.
+template <int kWidth>
+VIM_INLINE void ScanChunk(Workspace<kWidth>& work, int tile, int tokens, int states, const Row<kWidth>& most,
+                          Ahead& ahead) {
+  bool in_range = true;
+  for (int p = 0; p < kLanes / kWidth; ++p) {
+    const auto farthest = most.part[p] * work.reach[tile].part[p];
+    for (int i = 0; i < kWidth; ++i) in_range &= farthest[i] <= -kExp2Low;
+  }
+  if (states == 16 && in_range) return ScanTokens<kWidth, 16, true>(work, tile, tokens, states, ahead);
+  if (in_range) return ScanTokens<kWidth, 0, true>(work, tile, tokens, states, ahead);
+  ScanTokens<kWidth, 0, false>(work, tile, tokens, states, ahead);
 }
 
 template <typename Io, int kWidth>
@@ -175,11 +233,14 @@ VIM_INLINE void RunTiles(const Scan& scan, int64_t batch, int64_t group, int64_t
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t at = channel + tile * kLanes;
     const int lanes = lanes_of(tile);
+    work.reach[tile] = {};
     for (int n = 0; n < states; ++n) {
       float column[kLanes] = {};
       for (int i = 0; i < lanes; ++i) column[i] = args.A[(at + i) * states + n] * 1.44269504f;
       work.A[tile * states + n] = LoadRow<Exact, kWidth>(column, kLanes);
       work.state[tile * states + n] = {};
+      for (int p = 0; p < kParts; ++p)
+        work.reach[tile].part[p] = Larger(work.reach[tile].part[p], Size(work.A[tile * states + n].part[p]));
     }
     work.bias[tile] = desc.has_delta_bias ? LoadRow<Exact, kWidth>(args.delta_bias + at, lanes) : Row<kWidth>{};
     work.skip[tile] = desc.has_D ? LoadRow<Exact, kWidth>(args.D + at, lanes) : Row<kWidth>{};
@@ -213,16 +274,33 @@ VIM_INLINE void RunTiles(const Scan& scan, int64_t batch, int64_t group, int64_t
     for (int tile = 0; tile < tiles; ++tile) {
       const int offset = tile * kLanes;
       const int lanes = lanes_of(tile);
+      Row<kWidth> most = {};
       for (int t = 0; t < tokens; ++t) {
         work.u[t] = LoadRow<Io, kWidth>(u + (done + t) * u_stride + offset, lanes);
         work.delta[t] = LoadRow<Io, kWidth>(delta + (done + t) * delta_stride + offset, lanes);
-        for (int p = 0; p < kParts; ++p) {
-          const auto x = work.delta[t].part[p] + work.bias[tile].part[p];
-          work.delta[t].part[p] = desc.delta_softplus ? Softplus(x) : x;
-        }
+        for (int p = 0; p < kParts; ++p) work.delta[t].part[p] += work.bias[tile].part[p];
       }
+      if (desc.delta_softplus) {
+        for (int t = 0; t < tokens; ++t)
+          for (int p = 0; p < kParts; ++p) work.delta[t].part[p] = Softplus(work.delta[t].part[p]);
+      }
+      for (int t = 0; t < tokens; ++t)
+        for (int p = 0; p < kParts; ++p) most.part[p] = Larger(most.part[p], Size(work.delta[t].part[p]));
 
-      ScanChunk<kWidth>(work, tile, tokens, states);
+      const int64_t later = desc.length - done - tokens;
+      Ahead ahead = {};
+      if (later > 0) {
+        const auto row = [&](const T* data, int64_t stride) {
+          return reinterpret_cast<const char*>(data + (done + chunk) * stride + offset);
+        };
+        const T* const gate = z != nullptr ? z : y;
+        const int64_t gate_stride = z != nullptr ? z_stride : y_stride;
+        constexpr int64_t kSize = sizeof(T);
+        ahead = {{row(u, u_stride), row(delta, delta_stride), row(y, y_stride), row(gate, gate_stride)},
+                 {u_stride * kSize, delta_stride * kSize, y_stride * kSize, gate_stride * kSize},
+                 static_cast<int>(later < chunk ? later : chunk)};
+      }
+      ScanChunk<kWidth>(work, tile, tokens, states, most, ahead);
 
       for (int t = 0; t < tokens; ++t) {
         if (z != nullptr) {

@@ -8,12 +8,19 @@
 
 namespace {
 
-// The functions under test work on vectors; four lanes, of which the first is looked at.
-using Float = vim::cpu::Vector<4>::Float;
-using Word = vim::cpu::Vector<4>::Word;
+// The functions under test work on vectors, as wide as the kernel's for this target; the first lane is looked at.
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+#elif defined(__AVX2__)
+constexpr int kWidth = 8;
+#else
+constexpr int kWidth = 4;
+#endif
+using Float = vim::cpu::Vector<kWidth>::Float;
+using Word = vim::cpu::Vector<kWidth>::Word;
 
-Float Splat(float x) { return Float{x, x, x, x}; }
-Word Splat(uint32_t x) { return Word{x, x, x, x}; }
+Word Splat(uint32_t x) { return Word{} + x; }
+Float Splat(float x) { return vim::cpu::BitCast<Float>(Splat(vim::cpu::BitCast<uint32_t>(x))); }
 
 float FromBits(uint32_t bits) { return vim::cpu::BitCast<float>(bits); }
 uint32_t Bits(float x) { return vim::cpu::BitCast<uint32_t>(x); }
