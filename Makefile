@@ -26,9 +26,11 @@ $(VENV)/.deps: pyproject.toml
 	$(BIN)/python -m pip install -q onnxruntime safetensors \
 	  $$($(BIN)/python cmake/requirements.py dependencies test lint build)
 	@# Hosts these have no wheels for skip the tests that need them.
-	$(BIN)/python -m pip install -q $$($(BIN)/python cmake/requirements.py runtimes) || true
+	$(BIN)/python -m pip install -q $$($(BIN)/python cmake/requirements.py runtimes) \
+	  || echo 'TensorRT-RTX and the lean runtime are not to be had here: their tests will be skipped'
 	@# Carries TensorRT 10's headers; its own dependencies are of no use here.
-	$(BIN)/python -m pip install -q --no-deps kernel-lens==2.0.1 || true
+	$(BIN)/python -m pip install -q --no-deps kernel-lens==2.0.1 \
+	  || echo 'kernel-lens is not to be had here: the TensorRT adapters will not be compiled'
 	@# The oldest ONNX Runtime the library supports, beside the newest; Pythons without a wheel of it skip its tests.
 	$(BIN)/python -m pip install -q --no-deps --target $(ORT_OLD) onnxruntime==1.21.0 || rm -rf $(ORT_OLD)
 	touch $@

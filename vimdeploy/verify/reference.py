@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from vimdeploy.models.vim import Vim
 
 CHUNK = 8
-#: Precisions whose outputs a saved reference can judge.
-SAVED = ("fp32", "fp16", "bf16")
 _FORMAT = 1
 
 
