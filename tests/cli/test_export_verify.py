@@ -502,9 +502,14 @@ def test_ctrl_c_leaves_nothing() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-c", RUN, "export", "ckpt.pth", "-o", out]
     parent = Path(out).parent
-    process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    # A suite that a shell started in the background inherits Ctrl-C ignored, and would hand that on.
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     until = time.monotonic() + 90
     while not (parent.is_dir() and [p for p in parent.iterdir() if p.name.startswith(f".{Path(out).name}.")]):
         assert process.poll() is None and time.monotonic() < until, "it never came to writing"
