@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_onnx import write_tiny_onnx
 import vimdeploy.engines.build as build_module
 from vimdeploy.bundle import sha256_of
 from vimdeploy.engines.build import BuildOptions, BuildResult, build_engine, constrain
+from vimdeploy.engines.capabilities import capabilities_of
 from vimdeploy.engines.sidecar import read_sidecar
 from vimdeploy.errors import CheckFailed, EngineError, ModelFileError, RuntimeMissing, UsageError, VimDeployError
 
@@ -57,6 +59,25 @@ def build(
     return build_engine(model, None, BuildOptions(plugin=plugin, **options)), module.seen
 
 
+def test_cublas_of_another_cuda_than_tensorrts_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """8.5 loads libcublas.so.11 and fails at the end of a build without it, whatever else the host has."""
+
+    def load(name: str, mode: int) -> SimpleNamespace:
+        if ".13" not in name:
+            raise OSError(name)
+        return SimpleNamespace(cublasCreate_v2=0, cublasLtCreate=0)
+
+    monkeypatch.setattr(build_module.ctypes, "CDLL", load)
+    module = fake_tensorrt(layers=inspected("fp32"))
+    old = capabilities_of(module, "tensorrt")
+    assert old.cuda_majors == (11,)
+    every = sum(1 << int(getattr(module.TacticSource, name)) for name in build_module._SOURCES)
+    cudnn = 1 << int(module.TacticSource.CUDNN)
+    assert build_module._absent_tactics(module, old) == every
+    newer = dataclasses.replace(old, cuda_majors=(12, 13))
+    assert build_module._absent_tactics(module, newer) == cudnn
+
+
 def test_an_fp16_build_on_8_5(monkeypatch: pytest.MonkeyPatch, model: Path, plugin: Path) -> None:
     cache = model.parent / "timing.cache"
     result, seen = build(
@@ -72,7 +93,7 @@ def test_an_fp16_build_on_8_5(monkeypatch: pytest.MonkeyPatch, model: Path, plug
     assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in given.graph.initializer)
     sidecar = read_sidecar(result.plan)
     assert sidecar.plugin == {
-        "file": str(plugin), "sha256": sha256_of(plugin), "name": "SelectiveScan", "version": "1", "namespace": "vim"
+        "file": str(plugin), "sha256": sha256_of(plugin), "ops": ["SelectiveScan"], "version": "1", "namespace": "vim"
     }  # fmt: skip
     assert sidecar.device == {"name": "NVIDIA H100 80GB HBM3", "sm": 90, "driver": "13.0"}
     assert sidecar.build["timing_cache"] == {"file": "timing.cache", "warm": False, "bytes_before": 0}
@@ -189,3 +210,22 @@ def test_the_registry_says_what_it_has_instead(monkeypatch: pytest.MonkeyPatch, 
     )
     said = refused(monkeypatch, RuntimeMissing, model, plugin, module=fake_tensorrt(creators=[]))
     assert said.endswith("no plugin has that name")
+
+
+def test_a_plugin_library_older_than_the_fused_ops(monkeypatch: pytest.MonkeyPatch, plugin: Path) -> None:
+    from fake_tensorrt import Creator
+
+    from vimdeploy.engines import plugin as module
+    from vimdeploy.engines.capabilities import TENSORRT, capabilities_of
+
+    monkeypatch.setattr(module, "_dlopen", lambda path, can: SimpleNamespace())
+    older = fake_tensorrt(creators=[Creator("SelectiveScan", "1", "vim"), Creator("EfficientNMS_TRT", "1", "")])
+    can = capabilities_of(older, TENSORRT)
+    assert module.load_plugin(older, can, plugin, ["SelectiveScan"]) == sha256_of(plugin)
+    with pytest.raises(RuntimeMissing) as caught:
+        module.load_plugin(older, can, plugin, ["SelectiveScan", "BiSelectiveScan", "AddRMSNorm"])
+    assert caught.value.message.endswith(
+        "has no plugin AddRMSNorm nor BiSelectiveScan, version 1, namespace 'vim': an older build, which has "
+        "SelectiveScan only"
+    )
+    assert caught.value.hint == "use the plugin library of this vimdeploy version"

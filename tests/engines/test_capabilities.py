@@ -54,6 +54,7 @@ def test_8_5_must_be_told_what_the_graph_says() -> None:
     # It claims opset 16 and ignores the attributes that Shape got in 15.
     assert can.max_opset == 14
     assert can.slow_slices
+    assert can.cuda_majors == (11,)
     assert str(can) == "TensorRT 8.5.3.1"
 
 

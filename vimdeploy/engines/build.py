@@ -21,7 +21,7 @@ from vimdeploy import bundle
 from vimdeploy.bundle import ModelInfo
 from vimdeploy.engines import inspect
 from vimdeploy.engines.capabilities import TENSORRT, Capabilities, import_runtime
-from vimdeploy.engines.plugin import NAME, NAMESPACE, VERSION, load_plugin, plugin_path
+from vimdeploy.engines.plugin import NAMESPACE, VERSION, load_plugin, plugin_path
 from vimdeploy.engines.prepare import Prepared, prepare
 from vimdeploy.engines.profile import Profile
 from vimdeploy.engines.sidecar import Sidecar, sidecar_path
@@ -114,8 +114,14 @@ def build_engine(
     logger = make_logger(module)
     plugin_facts = None
     if plugin is not None:
-        digest = load_plugin(module, can, plugin)
-        plugin_facts = {"file": str(plugin), "sha256": digest, "name": NAME, "version": VERSION, "namespace": NAMESPACE}
+        digest = load_plugin(module, can, plugin, prepared.ops)
+        plugin_facts = {
+            "file": str(plugin),
+            "sha256": digest,
+            "ops": sorted(prepared.ops),
+            "version": VERSION,
+            "namespace": NAMESPACE,
+        }
     builder = module.Builder(logger)
     progress.step("parsing the graph")
     # The network reads its weights from the parser, so both must live until it is built.
@@ -259,7 +265,8 @@ def _parse(
         # Of any operator it does not know a parser says that it found no plugin.
         if any(node in prepared.scans and "plugin" in text.lower() for node, text in zip(nodes, texts)):
             raise RuntimeMissing(
-                f"{can} found no plugin {NAME}, version {VERSION}, namespace {NAMESPACE!r} for {model}: {said}",
+                f"{can} found no plugin {' or '.join(sorted(prepared.ops))}, version {VERSION}, "
+                f"namespace {NAMESPACE!r} for {model}: {said}",
                 hint="name the plugin library with --plugin",
             )
         raise EngineError(f"{can} cannot read {model}: {said}", hint="export it again, or report it with this message")
@@ -295,7 +302,7 @@ def _configure(
     if options.workspace is not None:
         config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, options.workspace)
     if can.external_tactics:
-        config.set_tactic_sources(config.get_tactic_sources() & ~_absent_tactics(module))
+        config.set_tactic_sources(config.get_tactic_sources() & ~_absent_tactics(module, can))
     return config
 
 
@@ -307,14 +314,14 @@ _SOURCES = {
 }
 
 
-def _absent_tactics(module: Any) -> int:
+def _absent_tactics(module: Any, can: Capabilities) -> int:
     """The sources whose library is not on this host, as bits: TensorRT would fail on calling them."""
     bits = 0
     for name, (library, function) in _SOURCES.items():
         if not hasattr(module.TacticSource, name):
             continue
         present = False
-        for cuda_major in (11, 12, 13):
+        for cuda_major in can.cuda_majors:
             with contextlib.suppress(OSError):
                 present |= hasattr(ctypes.CDLL(library.format(cuda=cuda_major), mode=os.RTLD_LAZY), function)
         if not present:

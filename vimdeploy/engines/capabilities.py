@@ -38,6 +38,7 @@ class Capabilities:
     timing_cache: bool
     version_compatible: bool
     external_tactics: bool  # cuBLAS and cuDNN can be switched off as sources of kernels
+    cuda_majors: tuple[int, ...]  # the CUDA releases it is built for: whose cuBLAS it would load
     functions: bool  # its parser inlines model-local functions
     slow_slices: bool  # its builder is slow with slices of a dynamic batch (passes/no_slices.py)
     plugins: str
@@ -53,6 +54,7 @@ def capabilities_of(module: Any, runtime: str) -> Capabilities:
     v3 = hasattr(module, "IPluginV3")
     network_flags, builder_flags = module.NetworkDefinitionCreationFlag, module.BuilderFlag
     strong = hasattr(network_flags, "STRONGLY_TYPED")
+    version_compatible = not rtx and hasattr(builder_flags, "VERSION_COMPATIBLE")
     return Capabilities(
         runtime=runtime,
         version=str(module.__version__),
@@ -65,8 +67,9 @@ def capabilities_of(module: Any, runtime: str) -> Capabilities:
         progress=hasattr(module, "IProgressMonitor"),
         # RTX keeps the calls but they do nothing (runtimes-and-toolkits.md 4).
         timing_cache=not rtx and hasattr(module, "ITimingCache"),
-        version_compatible=not rtx and hasattr(builder_flags, "VERSION_COMPATIBLE"),
+        version_compatible=version_compatible,
         external_tactics=not rtx and hasattr(getattr(module, "TacticSource", None), "CUBLAS"),
+        cuda_majors=(12, 13) if v3 else (11, 12) if version_compatible else (11,),  # 8.6 came for two, 8.5 for one
         functions=v3,
         slow_slices=not v3,
         plugins="none" if rtx else "v3" if v3 else "v2",
