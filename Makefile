@@ -12,6 +12,7 @@ ORT_OLD := $(VENV)/onnxruntime-1.21
 # The CPU build of torch, pinned, and installed before anything that names torch: a plain `torch` would bring several GB
 # of CUDA libraries to a host that cannot use them.
 TORCH := 2.13.0
+TORCHVISION := 0.28.0
 
 NATIVE := CMakeLists.txt $(shell find cmake kernels plugins -type f 2>/dev/null)
 
@@ -31,6 +32,9 @@ $(VENV)/.deps: pyproject.toml
 	@# Carries TensorRT 10's headers; its own dependencies are of no use here.
 	$(BIN)/python -m pip install -q --no-deps kernel-lens==2.0.1 \
 	  || echo 'kernel-lens is not to be had here: the TensorRT adapters will not be compiled'
+	@# The DeiT that `vimdeploy bench` compares with. torchvision is what timm imports, and of it only Python is used.
+	$(BIN)/python -m pip install -q --no-deps timm torchvision==$(TORCHVISION) \
+	  || echo 'timm or torchvision $(TORCHVISION) is not to be had here: the tests of the DeiT baselines will be skipped'
 	@# The oldest ONNX Runtime the library supports, beside the newest; Pythons without a wheel of it skip its tests.
 	$(BIN)/python -m pip install -q --no-deps --target $(ORT_OLD) onnxruntime==1.21.0 || rm -rf $(ORT_OLD)
 	touch $@

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "gpu"))
-import scan_library as lib
+import cuda_library as lib
 from scan import MODELS, Layer
 
 for model, batch, length, fields in zip(*[iter(sys.argv[1:])] * 4):

@@ -9,12 +9,14 @@ from __future__ import annotations
 import ctypes
 import enum
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from vimdeploy.export import schema
 from vimdeploy.runtimes import cuda
 
 H100 = cuda.Device(0, "NVIDIA H100 80GB HBM3", 90, "13.0")
@@ -41,10 +43,13 @@ class LayerType(enum.Enum):
 class Flag(enum.IntEnum):
     TF32 = 0
     FP16 = 1
-    PREFER_PRECISION_CONSTRAINTS = 2
+    OBEY_PRECISION_CONSTRAINTS = 2
+    INT8 = 3
 
 
 class Tensor:
+    is_network_output = False
+
     def __init__(self, name: str) -> None:
         self.name = name
 
@@ -167,6 +172,20 @@ def fake_tensorrt(**behaviour: Any) -> ModuleType:
                 return None
             return json.dumps(config.profiles[0].shapes).encode()
 
+    class Inspector:
+        """Types of a dynamic batch are told through a context that has shapes, and not without."""
+
+        execution_context: Any = None
+
+        def __init__(self, dynamic: bool) -> None:
+            self._dynamic = dynamic
+
+        def get_engine_information(self, kind: Any) -> str:
+            text = json.dumps({"Layers": behaviour["layers"]})
+            if self._dynamic and (self.execution_context is None or not self.execution_context.shaped):
+                text = re.sub('"Format/Datatype": "[^"]*"', '"Format/Datatype": "N/A due to dynamic shapes"', text)
+            return text
+
     class Engine:
         num_io_tensors = 2
 
@@ -174,11 +193,16 @@ def fake_tensorrt(**behaviour: Any) -> ModuleType:
             self.input, self.low, _, self.high = json.loads(plan)
 
         def create_engine_inspector(self) -> Any:
-            text = json.dumps({"Layers": behaviour["layers"]})
-            return type("Inspector", (), {"get_engine_information": lambda _, kind: text})()
+            return Inspector(self.low != self.high)
 
-        def create_execution_context(self) -> Context:
-            return Context(self)
+        def create_execution_context(self, strategy: Any = None) -> Context:
+            seen.setdefault("contexts", []).append(Context(self, strategy))
+            return seen["contexts"][-1]
+
+        device_memory_size_v2 = 1 << 10
+
+        def get_binding_index(self, name: str) -> int:
+            return (self.input, "logits").index(name)
 
         def get_tensor_name(self, i: int) -> str:
             return (self.input, "logits")[i]
@@ -194,12 +218,22 @@ def fake_tensorrt(**behaviour: Any) -> ModuleType:
             return (batch, *self.low[1:]) if name == self.input else (batch, 3)
 
     class Context:
-        def __init__(self, engine: Engine) -> None:
+        def __init__(self, engine: Engine, strategy: Any = None) -> None:
             self._engine, self._shape = engine, ()
             self._addresses: dict[str, int] = {}
+            self.memory = None if strategy is not None else ("its own", 0)
+
+        def set_device_memory(self, address: int, size: int) -> None:
+            self.memory = (address, size)
 
         def set_input_shape(self, name: str, shape: Any) -> bool:
             self._shape = tuple(shape)
+            return True
+
+        shaped = False  # as far as the inspector is concerned
+
+        def set_binding_shape(self, index: int, shape: Any) -> bool:
+            self.shaped = index == 0
             return True
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
@@ -210,10 +244,18 @@ def fake_tensorrt(**behaviour: Any) -> ModuleType:
             return True
 
         def execute_async_v3(self, stream: int) -> bool:
+            assert self.memory is not None, "a context without memory"
             seen.setdefault("runs", []).append(self._shape)
+            if _captured is not None:
+                state = (self._shape, dict(self._addresses))
+                _captured.append((self, state))
+            else:
+                self.compute()
+            return not behaviour.get("refuse_run")
+
+        def compute(self) -> None:
             images = _at(self._addresses[self._engine.input], self._shape)
             _at(self._addresses["logits"], (self._shape[0], 3))[:] = 2 * images.mean((2, 3))
-            return not behaviour.get("refuse_run")
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -226,7 +268,7 @@ def fake_tensorrt(**behaviour: Any) -> ModuleType:
             return Engine(plan)
 
     class Registry:
-        plugin_creator_list = behaviour.get("creators", [Creator("SelectiveScan", "1", "vim")])
+        plugin_creator_list = behaviour.get("creators", [Creator(op, "1", "vim") for op in schema.OPS])
 
         def get_plugin_creator(self, name: str, version: str, namespace: str) -> Creator | None:
             wanted = (name, version, namespace)
@@ -275,6 +317,27 @@ def _at(address: int, shape: tuple[int, ...]) -> np.ndarray:
     return np.frombuffer((ctypes.c_float * count).from_address(address), np.float32).reshape(shape)
 
 
+#: what is being captured: contexts of TensorRT and their state at that time
+_captured: list[tuple[Any, Any]] | None = None
+
+
+class FakeGraph:
+    """Replays what was captured, and insists that no context has been changed since."""
+
+    def __init__(self, work: list[tuple[Any, Any]]) -> None:
+        self._work, self.closed, self.launches = work, False, 0
+
+    def launch(self) -> None:
+        assert not self.closed
+        for context, state in self._work:
+            assert (context._shape, context._addresses) == state, "the context was changed after it was recorded"
+            context.compute()
+        self.launches += 1
+
+    def close(self) -> None:
+        self.closed = True
+
+
 class FakeContext:
     """cuda.Context with host memory."""
 
@@ -290,6 +353,10 @@ class FakeContext:
         self.buffers.append(ctypes.create_string_buffer(max(size, 1)))
         return ctypes.addressof(self.buffers[-1])
 
+    def free(self, pointer: int) -> None:
+        (found,) = (buffer for buffer in self.buffers if ctypes.addressof(buffer) == pointer)
+        self.buffers.remove(found)
+
     def upload(self, array: np.ndarray, pointer: int) -> None:
         ctypes.memmove(pointer, array.ctypes.data, array.nbytes)
 
@@ -298,6 +365,16 @@ class FakeContext:
 
     def synchronize(self) -> None:
         assert not self.closed
+
+    def begin_capture(self) -> None:
+        global _captured
+        _captured = []
+
+    def end_capture(self) -> FakeGraph:
+        global _captured
+        assert _captured
+        work, _captured = _captured, None
+        return FakeGraph(work)
 
     def close(self) -> None:
         self.closed = True

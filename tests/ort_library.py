@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,12 @@ from vimdeploy.errors import RuntimeMissing
 from vimdeploy.runtimes.library import ort_library_path
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def onnxruntime_headers() -> list[str]:
+    """Those that `make setup` found or fetched, so that a test fetches nothing a second time."""
+    fetched = sorted((ROOT / "build").glob("*/onnxruntime-headers"))
+    return [] if os.environ.get("ONNXRUNTIME_ROOT") or not fetched else [f"-DONNXRUNTIME_ROOT={fetched[0] / 'usr'}"]
 
 
 def ort_library() -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
+import platform
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -11,7 +13,8 @@ import numpy as np
 from ort_library import ort_library
 
 OK, UNSUPPORTED = 0, 1
-ISAS = ("baseline", "x86-64-v3", "x86-64-v4")
+# Narrowest first.
+ISAS = ("neon",) if platform.machine() == "aarch64" else ("baseline", "x86-64-v3", "x86-64-v4")
 IO = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, np.dtype(ml_dtypes.bfloat16): 2}
 
 Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
@@ -43,7 +46,8 @@ class Args(ctypes.Structure):
 @cache
 def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(ort_library()))
-    lib.vim_cpu_isa.restype = ctypes.c_char_p
+    lib.vim_cpu_isa.restype = lib.vim_cpu_isa_at.restype = ctypes.c_char_p
+    lib.vim_cpu_isa_at.argtypes = [ctypes.c_size_t]
     lib.vim_selective_scan_cpu.argtypes = [
         ctypes.POINTER(Desc), ctypes.POINTER(Args), ctypes.c_void_p, ctypes.c_void_p,
     ]  # fmt: skip
@@ -98,6 +102,12 @@ def scan(inputs: dict[str, np.ndarray], isa: str | None = None, **attributes: bo
 
 def has_isa(isa: str) -> bool:
     return run({**_SMALLEST, "y": np.empty((1, 1, 1), np.float32)}, isa) == OK
+
+
+def isas_at_hand() -> list[str]:
+    """As the library lists them, widest first."""
+    names = (library().vim_cpu_isa_at(i) for i in itertools.count())
+    return [name.decode() for name in itertools.takewhile(bool, names)]
 
 
 class Threads:

@@ -65,7 +65,8 @@ def exported_bytes(config: VimConfig, options: ExportOptions = ExportOptions(), 
 
 
 def exported(config: VimConfig, seed: int = 0, **options: object) -> onnx.ModelProto:
-    """The network of `config`, every weight of which matters, as an ONNX model of the caller's own."""
+    """The network of `config`, every weight of which matters, as an ONNX model of the caller's own; not fused."""
+    options.setdefault("fusion", "none")
     if not config.num_classes:
         options.setdefault("output", "features")
     return onnx.load_from_string(exported_bytes(config, ExportOptions(**options), seed))  # type: ignore[arg-type]

@@ -37,11 +37,18 @@ class ModelInfo:
     weights: str = "model"  # which set of the checkpoint: model | ema
     precision: str = "fp32"  # fp32 | fp16 | bf16
     output: str = "logits"  # logits | features | tokens
-    fallback: str = "scan"  # scan | linear-attention | none: the function body beside the op
+    fallback: str = "scan"  # scan | linear-attention | none: the function bodies beside the ops
+    fusion: str = "none"  # none | bidirectional | full: which ops the graph is written with
     version: str = ""  # of vimdeploy
     labels: tuple[str, ...] = field(default=())
     trained_size: tuple[int, int] = (0, 0)  # (height, width) of the checkpoint; config.img_size may be another
     pos_embed_mode: str = "layout"  # how the position table was resized, when it was
+    quantization: dict[str, Any] = field(default_factory=dict)  # empty, or what quantize/recipe.py says of an int8 file
+
+    @property
+    def kind(self) -> str:
+        """`precision`, or "int8" for a file whose projections are: what it is judged and named by."""
+        return "int8" if self.quantization else self.precision
 
     def to_props(self) -> dict[str, str]:
         """As ONNX metadata_props: text under `vimdeploy.` keys, structures as JSON."""
@@ -54,11 +61,14 @@ class ModelInfo:
             "precision": self.precision,
             "output": self.output,
             "fallback": self.fallback,
+            "fusion": self.fusion,
             "version": self.version,
             "labels": json.dumps(list(self.labels)),
             "trained_size": json.dumps(list(self.trained_size)),
             "pos_embed_mode": self.pos_embed_mode,
         }
+        if self.quantization:
+            values["quantization"] = json.dumps(self.quantization)
         return {PREFIX + key: value for key, value in values.items()}
 
     @classmethod
@@ -73,6 +83,7 @@ class ModelInfo:
                     "preprocessing": json.loads(values["preprocessing"]),
                     "labels": tuple(json.loads(values["labels"])),
                     "trained_size": tuple(json.loads(values["trained_size"])),
+                    "quantization": dict(json.loads(values.get("quantization", "{}"))),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -139,6 +150,11 @@ def resolve_artifact(path: str | Path | None, folder: Path | None = None, *, pla
 def plans_in(folder: Path) -> list[Path]:
     """The TensorRT plans in a `.vim` folder."""
     return sorted(path for path in folder.glob("*.plan") if path.is_file() and not path.name.startswith("."))
+
+
+def quantized_in(folder: Path) -> list[Path]:
+    """The int8 files that `quantize` put into a `.vim` folder."""
+    return sorted(path for path in folder.glob("*.int8.onnx") if path.is_file() and not path.name.startswith("."))
 
 
 def read_manifest(model: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vimdeploy.runtimes.base import Session
+    from vimdeploy.verify.agreement import Agreement
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class EvalResult:
     batch_size: int
     runtime: str
     per_class: tuple[ClassResult, ...]
+    against: Agreement | None = None  # the other model on the same images, where there is one
 
     @property
     def images_per_s(self) -> dict[str, float]:
@@ -72,9 +74,10 @@ class EvalResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
-            **dataclasses.asdict(self),
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)},
             "top1_interval": list(self.top1_interval),
             "per_class": [dataclasses.asdict(result) for result in self.per_class],
+            "against": None if self.against is None else self.against.to_dict(),
             "images_per_s": self.images_per_s,
         }
 
@@ -174,13 +177,15 @@ def evaluate(
     batch_size: int = 32,
     limit: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    against: Session | None = None,
 ) -> EvalResult:
     """Accuracy of a session over a folder of classes.
 
     ``limit`` takes that many images, evenly spread over the folder so that every class keeps its share. ``progress``
     is called with (images done, images in all) after each batch. Raises ImageError for the first image that cannot be
     read: accuracy over the readable ones would be another number. Raises UsageError, and CheckFailed for scores that
-    are not finite.
+    are not finite. ``against`` is the session of a model of the same classes, to be compared with image by image: the
+    fp32 file an int8 one was made of, say.
     """
     import numpy as np
 
@@ -188,6 +193,9 @@ def evaluate(
         raise UsageError(f"batch size and limit must be at least 1, not {min(batch_size, limit or batch_size)}")
     preprocessing = preprocessing_of(session)
     classes = session.info.config.num_classes
+    if against is not None and (preprocessing_of(against), against.info.config.num_classes) != (preprocessing, classes):
+        raise UsageError("the two models take other images or know other classes, so they cannot be compared")
+    scores: list[tuple[np.ndarray, np.ndarray]] = []
     targets = folder.targets(classes, session.info.labels)
     samples = folder.samples
     if limit is not None and limit < len(samples):
@@ -206,6 +214,8 @@ def evaluate(
         logits = predict(session, batch)
         inference_s += time.perf_counter() - decoded
         decode_s += decoded - begin
+        if against is not None:
+            scores.append((logits, predict(against, batch)))
         best = np.argsort(-logits, axis=1, kind="stable")[:, :k]
         for (_, number), guesses in zip(part, best, strict=True):
             seen[number] += 1
@@ -226,7 +236,17 @@ def evaluate(
         batch_size=batch_size,
         runtime=session.describe(),
         per_class=tuple(map(ClassResult, folder.classes, seen, correct)),
+        against=_agreement(scores, np.array([targets[number] for _, number in samples])) if scores else None,
     )
+
+
+def _agreement(scores: list[tuple[np.ndarray, np.ndarray]], targets: np.ndarray) -> Agreement:
+    import numpy as np
+
+    from vimdeploy.verify.agreement import agreement
+
+    got, reference = (np.concatenate(part) for part in zip(*scores, strict=True))
+    return agreement(got, reference, targets)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:

@@ -1,91 +1,67 @@
-// The C interface of the CPU kernel: checks, the choice of instruction set, and the distribution of tasks.
+// The C interface of the scan, of one direction and of both: checks, and the distribution of tasks.
 #include "vim/selective_scan.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "common/desc.h"
 #include "cpu/isa.h"
+#include "vim/bi_selective_scan.h"
 
 namespace {
 
+using vim::cpu::BiScan;
+using vim::cpu::Kernels;
 using vim::cpu::Scan;
+using vim::cpu::ScanSplit;
 
-// Fewer state updates than this take less time than waking a thread pool.
-constexpr double kSerialUpdates = 1 << 15;
-
-struct Isa {
-  const char* name;
-  void (*run_task)(const Scan& scan, size_t index);
-  bool (*available)();
-};
-
-// Fastest first.
-constexpr Isa kIsas[] = {
-#if defined(VIM_CPU_HAS_X86_V4)
-    {"x86-64-v4", vim::cpu::RunTaskX86V4,
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
-     }},
-#endif
-#if defined(VIM_CPU_HAS_X86_V3)
-    {"x86-64-v3", vim::cpu::RunTaskX86V3,
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-              __builtin_cpu_supports("bmi2");
-     }},
-#endif
-    {"baseline", vim::cpu::RunTaskBaseline, [] { return true; }},
-};
-
-const Isa& Best() {
-  static const Isa& best = []() -> const Isa& {
-    for (const Isa& isa : kIsas)
-      if (isa.available()) return isa;
-    return kIsas[sizeof kIsas / sizeof kIsas[0] - 1];
-  }();
-  return best;
-}
+constexpr double kOperationsPerState = 8;
 
 // Neighbouring tiles share the loads of B and C and read longer pieces of each row: two rather than one are worth 4 %
 // at 197 tokens, and four rather than two a fifth at 6085, where rows come from memory. But tasks are what threads
 // share out, so there should be a few for each, and an even number of them at the usual sizes.
-int TilesPerTask(const vim_selective_scan_desc& desc, int64_t tiles_per_group) {
+ScanSplit Split(const vim_selective_scan_desc& desc) {
   constexpr int64_t kTasks = 12;
   constexpr int64_t kLong = 1024;
+  const int64_t tiles_per_group = (desc.channels / desc.groups + vim::cpu::kLanes - 1) / vim::cpu::kLanes;
   const int64_t spare = desc.batch * desc.groups * tiles_per_group / kTasks;
   const int64_t least = desc.length >= kLong ? 4 : 1;
   const int64_t fit = std::min<int64_t>(vim::cpu::kMaxTiles, vim::cpu::kMaxRows / desc.states);
-  return static_cast<int>(std::min(std::max(spare, least), fit));
+  const int64_t tiles = std::min(std::max(spare, least), fit);
+  return {static_cast<int>(tiles), (tiles_per_group + tiles - 1) / tiles};
 }
 
-struct Job {
-  Scan scan;
-  const Isa* isa;
-};
-
-void Task(void* context, size_t index) {
-  const Job& job = *static_cast<const Job*>(context);
-  job.isa->run_task(job.scan, index);
+size_t Tasks(const vim_selective_scan_desc& desc, const ScanSplit& split) {
+  return static_cast<size_t>(desc.batch * desc.groups * split.tasks_per_group);
 }
 
-vim_status Run(const Isa& isa, const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
+double Operations(const vim_selective_scan_desc& desc) {
+  return kOperationsPerState * static_cast<double>(desc.batch) * desc.channels * desc.length * desc.states;
+}
+
+vim_status Run(const Kernels* kernels, const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
                vim_parallel_for parallel_for, void* pool) {
-  if (!vim_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
+  if (kernels == nullptr || !vim_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
   if (desc->batch == 0 || desc->length == 0) return VIM_OK;
+  const Scan scan = {desc, args, Split(*desc)};
+  vim::cpu::RunTasks(kernels->scan, scan, Tasks(*desc, scan.split), Operations(*desc), parallel_for, pool);
+  return VIM_OK;
+}
 
-  const int64_t tiles_per_group = (desc->channels / desc->groups + vim::cpu::kLanes - 1) / vim::cpu::kLanes;
-  const int tiles_per_task = TilesPerTask(*desc, tiles_per_group);
-  const int64_t tasks_per_group = (tiles_per_group + tiles_per_task - 1) / tiles_per_task;
-  Job job = {{desc, args, tiles_per_task, tasks_per_group}, &isa};
-  const size_t tasks = static_cast<size_t>(desc->batch * desc->groups * tasks_per_group);
-  const double updates = static_cast<double>(desc->batch) * desc->channels * desc->length * desc->states;
-  if (parallel_for == nullptr || tasks == 1 || updates < kSerialUpdates) {
-    for (size_t i = 0; i < tasks; ++i) Task(&job, i);
-  } else {
-    parallel_for(pool, Task, tasks, &job);
+vim_status Run(const Kernels* kernels, const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
+               vim_parallel_for parallel_for, void* pool) {
+  if (kernels == nullptr || !vim_bi_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
+  if (desc->batch == 0 || desc->length == 0) return VIM_OK;
+  BiScan scan = {};
+  for (int i = 0; i < 2; ++i) {
+    scan.desc[i] = vim::OneDirection(*desc, i);
+    scan.args[i] = {args->u[i], args->delta[i], args->A[i],          args->B[i], args->C[i],
+                    args->D[i], args->z,        args->delta_bias[i], args->y};
   }
+  scan.desc[0].has_z = 0;
+  scan.y_scale = desc->has_y_scale ? args->y_scale : nullptr;
+  scan.split = Split(scan.desc[0]);
+  const double operations = Operations(scan.desc[0]) + Operations(scan.desc[1]);
+  vim::cpu::RunTasks(kernels->bi_scan, scan, Tasks(scan.desc[0], scan.split), operations, parallel_for, pool);
   return VIM_OK;
 }
 
@@ -93,18 +69,25 @@ vim_status Run(const Isa& isa, const vim_selective_scan_desc* desc, const vim_se
 
 extern "C" {
 
-const char* vim_cpu_isa(void) { return Best().name; }
-
 vim_status vim_selective_scan_cpu(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
                                   vim_parallel_for parallel_for, void* pool) {
-  return Run(Best(), desc, args, parallel_for, pool);
+  return Run(vim::cpu::ChosenKernels(), desc, args, parallel_for, pool);
 }
 
-vim_status vim_selective_scan_cpu_isa(const char* name, const vim_selective_scan_desc* desc,
+vim_status vim_selective_scan_cpu_isa(const char* isa, const vim_selective_scan_desc* desc,
                                       const vim_selective_scan_args* args, vim_parallel_for parallel_for, void* pool) {
-  for (const Isa& isa : kIsas)
-    if (std::strcmp(isa.name, name) == 0 && isa.available()) return Run(isa, desc, args, parallel_for, pool);
-  return VIM_UNSUPPORTED;
+  return Run(vim::cpu::FindKernels(isa), desc, args, parallel_for, pool);
+}
+
+vim_status vim_bi_selective_scan_cpu(const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
+                                     vim_parallel_for parallel_for, void* pool) {
+  return Run(vim::cpu::ChosenKernels(), desc, args, parallel_for, pool);
+}
+
+vim_status vim_bi_selective_scan_cpu_isa(const char* isa, const vim_bi_selective_scan_desc* desc,
+                                         const vim_bi_selective_scan_args* args, vim_parallel_for parallel_for,
+                                         void* pool) {
+  return Run(vim::cpu::FindKernels(isa), desc, args, parallel_for, pool);
 }
 
 }  // extern "C"

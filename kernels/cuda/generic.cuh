@@ -33,6 +33,7 @@ __global__ void __launch_bounds__(32 * kGenericWarps) GenericScan(const __grid_c
   Bits* y = static_cast<Bits*>(p.y) + batch * p.y_batch + channel;
   const float skip = direction.D ? direction.D[channel] : 0.0f;
   const float bias = direction.delta_bias ? direction.delta_bias[channel] : 0.0f;
+  const float scale = p.y_scale && finish ? p.y_scale[channel] : 1.0f;
 
   float A[kPerLane], state[kPerLane];
 #pragma unroll
@@ -62,7 +63,7 @@ __global__ void __launch_bounds__(32 * kGenericWarps) GenericScan(const __grid_c
     if (lane == 0) {
       sum = fmaf(skip, x, sum);
       if (p.add_to_y) sum += E::ToFloat(y[token * p.y_token]);
-      if (finish) sum *= p.scale;
+      sum *= scale;
       if (z) sum *= Silu(E::ToFloat(z[token * p.z_token]));
       y[token * p.y_token] = E::FromFloat(sum);
     }

@@ -375,8 +375,8 @@ __global__ void __launch_bounds__(kLanesMaxThreads, 1)
 #pragma unroll
           for (int e = 0; e < kPiece; e += 2) {
             const float2 rest = E::ToFloat2(other.each[e / 2]);
-            value[e] = (value[e] + rest.x) * p.scale;
-            value[e + 1] = (value[e + 1] + rest.y) * p.scale;
+            value[e] += rest.x;
+            value[e + 1] += rest.y;
           }
           if (p.z) {
 #pragma unroll
@@ -385,6 +385,10 @@ __global__ void __launch_bounds__(kLanesMaxThreads, 1)
               value[e] *= Silu(g.x);
               value[e + 1] *= Silu(g.y);
             }
+          }
+          if (p.y_scale) {
+#pragma unroll
+            for (int e = 0; e < kPiece; ++e) value[e] *= p.y_scale[first_channel + piece + e];
           }
         }
         Piece result;

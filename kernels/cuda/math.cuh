@@ -1,4 +1,4 @@
-// Loads, stores and the three functions of the scan, in fp32.
+// Elements to fp32 and back, and the functions of the kernels, in fp32.
 #ifndef VIM_KERNELS_CUDA_MATH_CUH_
 #define VIM_KERNELS_CUDA_MATH_CUH_
 
@@ -25,6 +25,7 @@ struct Element<float> {
   static __device__ __forceinline__ float2 ToFloat2(float2 x) { return x; }
   static __device__ __forceinline__ float2 FromFloat2(float2 x) { return x; }
   static __device__ __forceinline__ float4 ToFloat4(float4 x) { return x; }
+  static __device__ __forceinline__ float4 FromFloat4(float4 x) { return x; }
 };
 template <>
 struct Element<__half> {
@@ -44,6 +45,9 @@ struct Element<__half> {
     const float2 a = ToFloat2(x.x), b = ToFloat2(x.y);
     return make_float4(a.x, a.y, b.x, b.y);
   }
+  static __device__ __forceinline__ uint2 FromFloat4(float4 x) {
+    return make_uint2(FromFloat2(make_float2(x.x, x.y)), FromFloat2(make_float2(x.z, x.w)));
+  }
 };
 template <>
 struct Element<__nv_bfloat16> {
@@ -61,6 +65,9 @@ struct Element<__nv_bfloat16> {
   static __device__ __forceinline__ float4 ToFloat4(uint2 x) {
     const float2 a = ToFloat2(x.x), b = ToFloat2(x.y);
     return make_float4(a.x, a.y, b.x, b.y);
+  }
+  static __device__ __forceinline__ uint2 FromFloat4(float4 x) {
+    return make_uint2(FromFloat2(make_float2(x.x, x.y)), FromFloat2(make_float2(x.z, x.w)));
   }
 };
 

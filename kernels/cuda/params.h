@@ -27,6 +27,7 @@ struct Direction {
 struct Params {
   Direction direction[2];  // [1] is used by pairs only
   const void* z;           // nullptr: no gate
+  const float* y_scale;    // (channels), nullptr: none
   void* y;
   int64_t z_batch, z_token, y_batch, y_token;
   int batch, length, channels, states, groups;
@@ -34,7 +35,6 @@ struct Params {
   int pair;     // both directions: [0] forward, [1] reverse
   int reverse;  // of a single direction
   int delta_softplus;
-  float scale;
   int add_to_y;       // generic form: y already holds the other direction
   int state_granule;  // lanes form: bytes that divide the rows of B and C: 16, or four states at least
 };

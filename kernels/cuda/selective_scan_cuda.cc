@@ -1,4 +1,4 @@
-// The C interface: checks, then one launch.
+// The scan's C interface: checks, then one launch.
 #include "vim/selective_scan_cuda.h"
 
 #include <cuda_bf16.h>
@@ -7,48 +7,19 @@
 
 #include <cstdint>
 
+#include "common/desc.h"
 #include "cuda/choose_variant.h"
 #include "cuda/params.h"
+#include "cuda/status.h"
 
 namespace {
 
+using vim::OneDirection;
 using vim::cuda::Direction;
 using vim::cuda::Params;
 using vim::cuda::Sizes;
 
-thread_local cudaError_t last_error = cudaSuccess;
-
 int ElementBytes(int32_t io) { return io == VIM_F32 ? 4 : 2; }
-
-vim_selective_scan_desc OneOf(const vim_bi_selective_scan_desc& desc, int i) {
-  vim_selective_scan_desc one = {};
-  one.batch = desc.batch;
-  one.length = desc.length;
-  one.channels = desc.channels;
-  one.states = desc.states;
-  one.groups = desc.groups;
-  one.io = desc.io;
-  one.delta_softplus = desc.delta_softplus;
-  one.reverse = i;
-  one.has_D = desc.has_D;
-  one.has_z = desc.has_z;
-  one.has_delta_bias = desc.has_delta_bias;
-  one.u_batch_stride = desc.u_batch_stride[i];
-  one.u_token_stride = desc.u_token_stride[i];
-  one.delta_batch_stride = desc.delta_batch_stride[i];
-  one.delta_token_stride = desc.delta_token_stride[i];
-  one.z_batch_stride = desc.z_batch_stride;
-  one.z_token_stride = desc.z_token_stride;
-  one.B_batch_stride = desc.B_batch_stride[i];
-  one.B_token_stride = desc.B_token_stride[i];
-  one.B_group_stride = desc.B_group_stride[i];
-  one.C_batch_stride = desc.C_batch_stride[i];
-  one.C_token_stride = desc.C_token_stride[i];
-  one.C_group_stride = desc.C_group_stride[i];
-  one.y_batch_stride = desc.y_batch_stride;
-  one.y_token_stride = desc.y_token_stride;
-  return one;
-}
 
 // The power of two, at most 16, that divides every one of the byte counts fed to it.
 class Alignment {
@@ -100,10 +71,10 @@ struct Geometry {
     FeedStates(desc, &states);
     Update();
   }
-  explicit Geometry(const vim_bi_selective_scan_desc& desc) : Geometry(OneOf(desc, 0)) {
+  explicit Geometry(const vim_bi_selective_scan_desc& desc) : Geometry(OneDirection(desc, 0)) {
     sizes.pair = true;
-    FeedRows(OneOf(desc, 1), &rows);
-    FeedStates(OneOf(desc, 1), &states);
+    FeedRows(OneDirection(desc, 1), &rows);
+    FeedStates(OneDirection(desc, 1), &states);
     Update();
   }
   void FeedPointers(const Params& params) {
@@ -163,7 +134,6 @@ Params CommonParams(const vim_selective_scan_desc& desc, const void* z, void* y)
   params.channels_per_group = static_cast<int>(desc.channels / desc.groups);
   params.reverse = desc.reverse;
   params.delta_softplus = desc.delta_softplus;
-  params.scale = 1.0f;
   return params;
 }
 
@@ -195,24 +165,20 @@ vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_vari
   params.state_granule = geometry.states.Bytes();
 
   int sm = 0;
-  last_error = CurrentSm(&sm);
-  if (last_error != cudaSuccess) return VIM_LAUNCH_FAILED;
+  const cudaError_t no_device = CurrentSm(&sm);
+  if (no_device != cudaSuccess) return vim::cuda::StatusOf(no_device);
   const vim_scan_variant variant = forced != nullptr ? *forced : vim::cuda::Choose(geometry.sizes, sm);
   if (!vim::cuda::CanRun(variant, geometry.sizes, sm)) return VIM_UNSUPPORTED;
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (io) {
     case VIM_F32:
-      last_error = LaunchForm<float>(params, variant, cuda_stream);
-      break;
+      return vim::cuda::StatusOf(LaunchForm<float>(params, variant, cuda_stream));
     case VIM_F16:
-      last_error = LaunchForm<__half>(params, variant, cuda_stream);
-      break;
+      return vim::cuda::StatusOf(LaunchForm<__half>(params, variant, cuda_stream));
     default:
-      last_error = LaunchForm<__nv_bfloat16>(params, variant, cuda_stream);
-      break;
+      return vim::cuda::StatusOf(LaunchForm<__nv_bfloat16>(params, variant, cuda_stream));
   }
-  return last_error == cudaSuccess ? VIM_OK : VIM_LAUNCH_FAILED;
 }
 
 vim_status RunOne(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
@@ -226,12 +192,12 @@ vim_status RunOne(const vim_selective_scan_desc* desc, const vim_selective_scan_
 vim_status RunBoth(const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
                    const vim_scan_variant* forced, void* stream) {
   if (!vim_bi_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
-  Params params = CommonParams(OneOf(*desc, 0), args->z, args->y);
+  Params params = CommonParams(OneDirection(*desc, 0), args->z, args->y);
   params.pair = 1;
-  params.scale = desc->output_scale;
+  params.y_scale = desc->has_y_scale ? args->y_scale : nullptr;
   for (int i = 0; i < 2; ++i)
-    params.direction[i] = DirectionOf(OneOf(*desc, i), args->u[i], args->delta[i], args->A[i], args->B[i], args->C[i],
-                                      args->D[i], args->delta_bias[i]);
+    params.direction[i] = DirectionOf(OneDirection(*desc, i), args->u[i], args->delta[i], args->A[i], args->B[i],
+                                      args->C[i], args->D[i], args->delta_bias[i]);
   return Run(Geometry(*desc), params, desc->io, forced, stream);
 }
 
@@ -246,28 +212,6 @@ vim_status vim_selective_scan_cuda(const vim_selective_scan_desc* desc, const vi
 
 // No form needs any: pairs meet in y. The query stays in the interface for one that will.
 size_t vim_selective_scan_cuda_workspace(const vim_selective_scan_desc* /*desc*/) { return 0; }
-
-void vim_bi_selective_scan_contiguous(vim_bi_selective_scan_desc* desc, int64_t row) {
-  const int64_t channels = desc->channels;
-  const int64_t token = row > 0 ? row : desc->groups * desc->states;
-  for (int i = 0; i < 2; ++i) {
-    desc->u_token_stride[i] = desc->delta_token_stride[i] = channels;
-    desc->u_batch_stride[i] = desc->delta_batch_stride[i] = desc->length * channels;
-    desc->B_token_stride[i] = desc->C_token_stride[i] = token;
-    desc->B_batch_stride[i] = desc->C_batch_stride[i] = desc->length * token;
-    desc->B_group_stride[i] = desc->C_group_stride[i] = desc->states;
-  }
-  desc->z_token_stride = desc->y_token_stride = channels;
-  desc->z_batch_stride = desc->y_batch_stride = desc->length * channels;
-}
-
-int vim_bi_selective_scan_supports(const vim_bi_selective_scan_desc* desc, char* reason, size_t reason_size) {
-  for (int i = 0; i < 2; ++i) {
-    const vim_selective_scan_desc one = OneOf(*desc, i);
-    if (!vim_selective_scan_supports(&one, reason, reason_size)) return 0;
-  }
-  return 1;
-}
 
 vim_status vim_bi_selective_scan_cuda(const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
                                       void* /*workspace*/, void* stream) {
@@ -294,7 +238,5 @@ vim_status vim_bi_selective_scan_cuda_with(const vim_bi_selective_scan_desc* des
                                            void* stream) {
   return RunBoth(desc, args, variant, stream);
 }
-
-const char* vim_cuda_last_error(void) { return cudaGetErrorString(last_error); }
 
 }  // extern "C"

@@ -80,12 +80,13 @@ __global__ void __launch_bounds__(2 * kSequentialThreads, kSequentialBlocks)
   const int channel = first_channel + thread * kChannels;
   const bool writes = channel < p.channels;
 
-  float A[kChannels][kStates], state[kChannels][kStates], skip[kChannels], bias[kChannels];
+  float A[kChannels][kStates], state[kChannels][kStates], skip[kChannels], bias[kChannels], scale[kChannels];
 #pragma unroll
   for (int c = 0; c < kChannels; ++c) {
     const int d = writes ? channel + c : 0;
     skip[c] = direction.D ? direction.D[d] : 0.0f;
     bias[c] = direction.delta_bias ? direction.delta_bias[d] : 0.0f;
+    scale[c] = p.y_scale ? p.y_scale[d] : 1.0f;
 #pragma unroll
     for (int n = 0; n < kStates; ++n) {
       A[c][n] = direction.A[int64_t{d} * kStates + n] * kLog2e;
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(2 * kSequentialThreads, kSequentialBlocks)
 #pragma unroll
         for (int q = 0; q < kGroup; ++q)
 #pragma unroll
-          for (int c = 0; c < kChannels; ++c) out[q][c] *= p.scale;
+          for (int c = 0; c < kChannels; ++c) out[q][c] *= scale[c];
       }
       for_each_inside([&](int q, PackBits* to) { *to = P::From(out[q]); });
       first_token += reverse ? -kGroup : kGroup;

@@ -1,12 +1,10 @@
-// The one function ONNX Runtime looks up in a custom-op library.
-//
 // Nothing of libonnxruntime is linked: the runtime hands its own table of functions in (ORT_API_MANUAL_INIT, set for
 // the whole target), so one library serves every ONNX Runtime from 1.21 on.
+#include "register.h"
+
 #include <cstdio>
 #include <exception>
 #include <string>
-
-#include "selective_scan_op.h"
 
 namespace vim::ort {
 namespace {
@@ -24,7 +22,8 @@ int MinorVersion(const OrtApiBase* base) {
 }
 
 // Sessions keep pointers to the domain and its ops, and may outlive any static's destruction: never freed.
-OrtCustomOpDomain* MakeDomain(const OrtApiBase* base, const OrtApi* api) {
+OrtCustomOpDomain* MakeDomain(const OrtApiBase* base, const OrtApi* api,
+                              std::initializer_list<const Backend*> backends) {
   const bool infer_shapes = MinorVersion(base) >= 24;
   Ort::InitApi(api);
   Ort::CustomOpDomain domain("vim");
@@ -32,28 +31,31 @@ OrtCustomOpDomain* MakeDomain(const OrtApiBase* base, const OrtApi* api) {
                         ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16,
                         // Not computed: registered so that our refusal is what the user reads.
                         ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE})
-    domain.Add(new SelectiveScanOp(io, infer_shapes));
+    for (const Op& op : kOps)
+      for (const Backend* backend : backends) domain.Add(new CustomOp(op, *backend, io, infer_shapes));
   return domain.release();
 }
 
 }  // namespace
-}  // namespace vim::ort
 
-extern "C" __attribute__((visibility("default"))) OrtStatus* ORT_API_CALL
-RegisterCustomOps(OrtSessionOptions* options, const OrtApiBase* base) noexcept {
-  const OrtApi* const api = base->GetApi(vim::ort::kApiVersion);
-  if (api == nullptr) {
-    const OrtApi* const older = vim::ort::AnyApi(base);
-    if (older == nullptr) return nullptr;  // no way to say anything; the model will fail to find its op
-    std::string message = "libvimdeploy_ort.so needs ONNX Runtime 1." + std::to_string(vim::ort::kApiVersion) +
-                          " or newer (API version " + std::to_string(vim::ort::kApiVersion) + "); this one is " +
-                          base->GetVersionString() + ". Upgrade it: pip install --upgrade onnxruntime";
-    return older->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
-  }
+OrtStatus* Register(OrtSessionOptions* options, const OrtApiBase* base, const char* library,
+                    std::initializer_list<const Backend*> backends) noexcept {
+  const OrtApi* const api = base->GetApi(kApiVersion);
   try {
-    static OrtCustomOpDomain* const domain = vim::ort::MakeDomain(base, api);
+    if (api == nullptr) {
+      const OrtApi* const older = AnyApi(base);
+      if (older == nullptr) return nullptr;  // no way to say anything; the model will fail to find its op
+      const std::string version = std::to_string(kApiVersion);
+      const std::string message = std::string(library) + " needs ONNX Runtime 1." + version +
+                                  " or newer (API version " + version + "); this one is " + base->GetVersionString() +
+                                  ". Upgrade it: pip install --upgrade onnxruntime";
+      return older->CreateStatus(ORT_NOT_IMPLEMENTED, message.c_str());
+    }
+    static OrtCustomOpDomain* const domain = MakeDomain(base, api, backends);
     return api->AddCustomOpDomain(options, domain);
   } catch (const std::exception& error) {
-    return api->CreateStatus(ORT_RUNTIME_EXCEPTION, error.what());
+    return api != nullptr ? api->CreateStatus(ORT_RUNTIME_EXCEPTION, error.what()) : nullptr;
   }
 }
+
+}  // namespace vim::ort

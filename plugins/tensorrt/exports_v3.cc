@@ -5,7 +5,7 @@
 #include <cstdio>
 
 #include "logging.h"
-#include "selective_scan_v3.h"
+#include "plugin_v3.h"
 
 namespace vim::trt {
 namespace {
@@ -14,9 +14,9 @@ std::atomic<nvinfer1::ILoggerFinder*> logger_finder{nullptr};
 
 }  // namespace
 
-void LogError(const std::string& layer, const std::string& text) noexcept {
+void LogError(const char* op, const std::string& layer, const std::string& text) noexcept {
   try {
-    const std::string line = std::string("vim::SelectiveScan '") + layer + "': " + text;
+    const std::string line = std::string("vim::") + op + " '" + layer + "': " + text;
     nvinfer1::ILoggerFinder* const finder = logger_finder.load();
     nvinfer1::ILogger* const logger = finder == nullptr ? nullptr : finder->findLogger();
     if (logger != nullptr)
@@ -32,10 +32,13 @@ void LogError(const std::string& layer, const std::string& text) noexcept {
 #define VIM_EXPORT extern "C" __attribute__((visibility("default")))
 
 VIM_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static vim::trt::SelectiveScanCreator selective_scan;
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&selective_scan};
-  count = 1;
-  return creators;
+  using vim::trt::kOps;
+  static vim::trt::Creator creators[] = {vim::trt::Creator(kOps[0]), vim::trt::Creator(kOps[1]),
+                                         vim::trt::Creator(kOps[2]), vim::trt::Creator(kOps[3])};
+  static nvinfer1::IPluginCreatorInterface* const pointers[] = {&creators[0], &creators[1], &creators[2], &creators[3]};
+  static_assert(sizeof(pointers) / sizeof(pointers[0]) == vim::trt::kOpCount, "one creator an op");
+  count = vim::trt::kOpCount;
+  return pointers;
 }
 
 VIM_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { vim::trt::logger_finder.store(finder); }

@@ -2,14 +2,12 @@
 #ifndef VIMDEPLOY_PLUGINS_TENSORRT_LOGGING_H_
 #define VIMDEPLOY_PLUGINS_TENSORRT_LOGGING_H_
 
-#include <NvInferRuntime.h>
-
 #include <string>
 
 namespace vim::trt {
 
-// "vim::SelectiveScan 'layer': text".
-void LogError(const std::string& layer, const std::string& text) noexcept;
+// "vim::OP 'layer': text".
+void LogError(const char* op, const std::string& layer, const std::string& text) noexcept;
 
 }  // namespace vim::trt
 

@@ -32,11 +32,19 @@ struct Driver {
   Status (*StreamSynchronize)(void*);
   Status (*MemcpyHtoDAsync)(Pointer, const void*, std::size_t, void*);
   Status (*MemcpyDtoHAsync)(void*, Pointer, std::size_t, void*);
+  Status (*StreamBeginCapture)(void*, int);
+  Status (*StreamEndCapture)(void*, void**);
+  Status (*GraphInstantiate)(void**, void*, unsigned long long);
+  Status (*GraphLaunch)(void*, void*);
+  Status (*GraphDestroy)(void*);
+  Status (*GraphExecDestroy)(void*);
 };
 
 constexpr unsigned kStreamNonBlocking = 1;
+constexpr int kCaptureThreadLocal = 1;  // other threads of the program may allocate meanwhile
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
+constexpr const char* kNoGraph = "open the plan without OpenOptions::cuda_graph";
 constexpr const char* kNoDriver = "run on a host with an NVIDIA GPU and its driver, or open the .onnx file";
 
 template <typename Function>
@@ -72,6 +80,12 @@ const Driver& GetDriver() {
     Bind(library, "cuStreamSynchronize", &bound->StreamSynchronize);
     Bind(library, "cuMemcpyHtoDAsync_v2", &bound->MemcpyHtoDAsync);
     Bind(library, "cuMemcpyDtoHAsync_v2", &bound->MemcpyDtoHAsync);
+    Bind(library, "cuStreamBeginCapture_v2", &bound->StreamBeginCapture);
+    Bind(library, "cuStreamEndCapture", &bound->StreamEndCapture);
+    Bind(library, "cuGraphInstantiateWithFlags", &bound->GraphInstantiate);
+    Bind(library, "cuGraphLaunch", &bound->GraphLaunch);
+    Bind(library, "cuGraphDestroy", &bound->GraphDestroy);
+    Bind(library, "cuGraphExecDestroy", &bound->GraphExecDestroy);
     Check(*bound, bound->Init(0), "CUDA does not start", kNoDriver);
     return bound.release();
   }();
@@ -145,6 +159,34 @@ void CudaDevice::Synchronize(void* stream) const {
   Check(GetDriver(), GetDriver().StreamSynchronize(stream), "the model did not run to its end on " + name_,
         "restart the program, and check the plan with `vimdeploy verify parity`");
 }
+
+void CudaDevice::BeginCapture(void* stream) const {
+  Check(GetDriver(), GetDriver().StreamBeginCapture(stream, kCaptureThreadLocal), "nothing can be recorded on " + name_,
+        kNoGraph);
+}
+
+void* CudaDevice::EndCapture(void* stream) const {
+  const Driver& driver = GetDriver();
+  void* graph = nullptr;
+  void* executable = nullptr;
+  Check(driver, driver.StreamEndCapture(stream, &graph), "the model's work cannot be recorded on " + name_, kNoGraph);
+  const Status status = driver.GraphInstantiate(&executable, graph, 0);
+  driver.GraphDestroy(graph);
+  Check(driver, status, "the recorded work cannot be made ready on " + name_, kNoGraph);
+  return executable;
+}
+
+void CudaDevice::AbandonCapture(void* stream) const noexcept {
+  void* graph = nullptr;
+  if (GetDriver().StreamEndCapture(stream, &graph) == 0 && graph != nullptr) GetDriver().GraphDestroy(graph);
+}
+
+void CudaDevice::Launch(void* graph, void* stream) const {
+  Check(GetDriver(), GetDriver().GraphLaunch(graph, stream), "the recorded work cannot be started on " + name_,
+        "restart the program: an earlier error has spoilt the device");
+}
+
+void CudaDevice::DestroyGraph(void* graph) const noexcept { GetDriver().GraphExecDestroy(graph); }
 
 CudaDevice::Active::Active(const CudaDevice& device) {
   Check(GetDriver(), GetDriver().CtxPushCurrent(device.context_), device.name_ + " cannot be made current",

@@ -28,6 +28,15 @@ class CudaDevice {
   void CopyOut(void* to, const void* from, std::size_t bytes, void* stream) const;
   void Synchronize(void* stream) const;
 
+  // Between the two, what the calling thread gives `stream` is not run but recorded. EndCapture returns it, ready to be
+  // launched, or throws; the stream is then as it was before.
+  void BeginCapture(void* stream) const;
+  void* EndCapture(void* stream) const;
+  // Ends a recording that went wrong.
+  void AbandonCapture(void* stream) const noexcept;
+  void Launch(void* graph, void* stream) const;
+  void DestroyGraph(void* graph) const noexcept;
+
   // Makes the device the calling thread's own while it lives.
   class Active {
    public:

@@ -12,6 +12,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "backend.h"
@@ -229,6 +230,7 @@ class TrtModel : public ModelImpl {
   Node input;
   std::vector<Node> outputs;
   std::size_t image_size = 0;  // elements
+  bool cuda_graph = false;
 };
 
 // Device memory that grows.
@@ -267,7 +269,8 @@ class Buffer {
 
 class TrtContext : public ContextImpl {
  public:
-  TrtContext(const TrtModel& model, void* stream) : model_(model), engine_(model.engine), stream_(stream) {
+  TrtContext(const TrtModel& model, void* stream)
+      : model_(model), engine_(model.engine), stream_(stream), scratch_(std::in_place, model.device) {
     const CudaDevice::Active active(model.device);
     context_ = NewExecutionContext();
 #if NV_TENSORRT_MAJOR < 10
@@ -287,11 +290,13 @@ class TrtContext : public ContextImpl {
   ~TrtContext() override {
     try {
       const CudaDevice::Active active(model_.device);
+      Forget();
       if (own_stream_ != nullptr) model_.device.DestroyStream(own_stream_);
       context_.reset();
       engine_.reset();
       input_.clear();
       output_.clear();
+      scratch_.reset();
     } catch (const Error&) {
       // The device is lost, and the memory with it.
     }
@@ -310,13 +315,13 @@ class TrtContext : public ContextImpl {
     }
     void* const input = input_.front().AtLeast(bytes);
     device.CopyIn(input, from, bytes, stream_);
-    SetBatch(batch);
+    const nvinfer1::IExecutionContext& shapes = OfBatch(batch);
     outputs->resize(model_.outputs.size());
     std::vector<void*> addresses;
     for (std::size_t i = 0; i < model_.outputs.size(); ++i) {
       Tensor& output = (*outputs)[i];
       output.name = model_.outputs[i].name;
-      output.shape = ShapeOf(context_->getTensorShape(output.name.c_str()));
+      output.shape = ShapeOf(shapes.getTensorShape(output.name.c_str()));
       std::size_t size = 1;
       for (const std::int64_t side : output.shape) {
         if (side < 0) RefuseInput(model_.path + ": the shape of " + output.name + " is not known", kBuildAgain);
@@ -325,7 +330,11 @@ class TrtContext : public ContextImpl {
       output.values.resize(size);
       addresses.push_back(output_[i].AtLeast(size * SizeOf(model_.outputs[i].element)));
     }
-    Start(input, addresses, batch, stream_);
+    if (model_.cuda_graph) {
+      device.Launch(Recorded(input, addresses, batch).graph, stream_);
+    } else {
+      Start(context_.get(), input, addresses, batch, stream_);
+    }
     for (std::size_t i = 0; i < addresses.size(); ++i) {
       Tensor& output = (*outputs)[i];
       const Element element = model_.outputs[i].element;
@@ -349,8 +358,11 @@ class TrtContext : public ContextImpl {
           "pass one for each output");
     }
     const CudaDevice::Active active(model_.device);
-    SetBatch(batch);
-    Start(images, outputs, batch, stream != nullptr ? stream : stream_);
+#if NV_TENSORRT_MAJOR < 10
+    Forget();  // it is this context that was recorded
+#endif
+    SetBatch(context_.get(), batch);
+    Start(context_.get(), images, outputs, batch, stream != nullptr ? stream : stream_);
   }
 
  private:
@@ -363,22 +375,97 @@ class TrtContext : public ContextImpl {
     return context;
   }
 
-  void SetBatch(std::int64_t batch) {
+  // One batch size as a graph. It is good only while the context it was recorded from stays as it was, so that each has
+  // one of its own; these share their memory, since they take turns on one stream. Before TensorRT 10 the engine's one
+  // profile serves one context.
+  struct Recording {
+    std::unique_ptr<nvinfer1::IExecutionContext> context;
+    void* graph = nullptr;
+  };
+
+  // A context that has the shapes of this batch; a recorded one is left alone.
+  const nvinfer1::IExecutionContext& OfBatch(std::int64_t batch) {
+    const auto found = recordings_.find(batch);
+    if (found == recordings_.end()) {
+      SetBatch(context_.get(), batch);
+      return *context_;
+    }
+    return found->second.context != nullptr ? *found->second.context : *context_;
+  }
+
+  const Recording& Recorded(void* input, const std::vector<void*>& outputs, std::int64_t batch) {
+    std::vector<void*> addresses = outputs;
+    addresses.push_back(input);
+    if (addresses != recorded_at_) {  // a larger batch has moved the buffers
+      Forget();
+      recorded_at_ = std::move(addresses);
+    }
+    const auto found = recordings_.find(batch);
+    if (found != recordings_.end()) return found->second;
+    Recording recording;
+    nvinfer1::IExecutionContext* context = context_.get();
+#if NV_TENSORRT_MAJOR >= 10
+    recording.context = NewSharingContext();
+    context = recording.context.get();
+#else
+    Forget();
+#endif
+    SetBatch(context, batch);
+    Start(context, input, outputs, batch, stream_);  // the first run of a shape may set things up
+    const CudaDevice& device = model_.device;
+    device.Synchronize(stream_);
+    device.BeginCapture(stream_);
+    try {
+      Start(context, input, outputs, batch, stream_);
+    } catch (...) {
+      device.AbandonCapture(stream_);
+      throw;
+    }
+    recording.graph = device.EndCapture(stream_);
+    return recordings_.emplace(batch, std::move(recording)).first->second;
+  }
+
+  // Inside a CudaDevice::Active.
+  void Forget() noexcept {
+    for (const auto& entry : recordings_) model_.device.DestroyGraph(entry.second.graph);
+    recordings_.clear();
+  }
+
+#if NV_TENSORRT_MAJOR >= 10
+  std::unique_ptr<nvinfer1::IExecutionContext> NewSharingContext() {
+    std::unique_ptr<nvinfer1::IExecutionContext> context(
+        engine_->createExecutionContext(nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED));
+    if (context == nullptr) {
+      RefuseMissing("TensorRT cannot make another context for " + model_.path + ": " + model_.log.TakeErrors(),
+                    "open the plan without OpenOptions::cuda_graph");
+    }
+#if NV_TENSORRT_MAJOR > 10 || NV_TENSORRT_MINOR >= 1
+    const std::int64_t size = engine_->getDeviceMemorySizeV2();
+    context->setDeviceMemoryV2(scratch_->AtLeast(static_cast<std::size_t>(size)), size);
+#else
+    context->setDeviceMemory(scratch_->AtLeast(engine_->getDeviceMemorySize()));
+#endif
+    return context;
+  }
+#endif
+
+  void SetBatch(nvinfer1::IExecutionContext* context, std::int64_t batch) {
     nvinfer1::Dims dims{};
     dims.nbDims = 4;
     const std::int64_t shape[] = {batch, model_.info.channels, model_.info.height, model_.info.width};
     // Dims::d is of 32 bits before TensorRT 10.
     std::transform(shape, shape + 4, dims.d,
                    [](std::int64_t side) { return static_cast<std::decay_t<decltype(dims.d[0])>>(side); });
-    if (!context_->setInputShape(model_.input.name.c_str(), dims)) RefuseRun(batch);
+    if (!context->setInputShape(model_.input.name.c_str(), dims)) RefuseRun(batch);
   }
 
-  void Start(const void* images, const std::vector<void*>& outputs, std::int64_t batch, void* stream) {
+  void Start(nvinfer1::IExecutionContext* context, const void* images, const std::vector<void*>& outputs,
+             std::int64_t batch, void* stream) {
     // The engine's input: TensorRT only reads it.
-    bool good = context_->setTensorAddress(model_.input.name.c_str(), const_cast<void*>(images));
+    bool good = context->setTensorAddress(model_.input.name.c_str(), const_cast<void*>(images));
     for (std::size_t i = 0; i < outputs.size(); ++i)
-      good = context_->setTensorAddress(model_.outputs[i].name.c_str(), outputs[i]) && good;
-    if (!good || !context_->enqueueV3(static_cast<cudaStream_t>(stream))) RefuseRun(batch);
+      good = context->setTensorAddress(model_.outputs[i].name.c_str(), outputs[i]) && good;
+    if (!good || !context->enqueueV3(static_cast<cudaStream_t>(stream))) RefuseRun(batch);
   }
 
   [[noreturn]] void RefuseRun(std::int64_t batch) const {
@@ -394,7 +481,10 @@ class TrtContext : public ContextImpl {
   void* own_stream_ = nullptr;
   std::vector<Buffer> input_;  // one; a vector, so that it can be freed while the device is current
   std::vector<Buffer> output_;
+  std::optional<Buffer> scratch_;  // what the recorded contexts work in
   std::vector<char> staging_;
+  std::map<std::int64_t, Recording> recordings_;  // by batch
+  std::vector<void*> recorded_at_;                // the buffers they read and write
 };
 
 std::unique_ptr<ContextImpl> TrtModel::NewContext(void* stream) const {
@@ -476,6 +566,7 @@ std::shared_ptr<const ModelImpl> OpenPlan(const std::string& path, const OpenOpt
   if (!sidecar.plugin.empty()) LoadPlugin(&trt, FindPlugin(sidecar, path, options));
   auto model = std::make_shared<TrtModel>(device);
   model->path = path;
+  model->cuda_graph = options.cuda_graph;
   model->version = trt.version;
   model->trt.reset(static_cast<nvinfer1::IRuntime*>(trt.create_runtime(&model->log, NV_TENSORRT_VERSION)));
   if (model->trt == nullptr)

@@ -42,8 +42,10 @@ def refused(code: int, *args: object) -> str:
 
 def test_help_is_quick_and_complete() -> None:
     text = invoke("--help").stdout
-    options = "--fp16 --bf16 --tf32 --no-tf32 --min-batch --opt-batch --max-batch --timing-cache --workspace"
-    for option in f"{options} --version-compatible --plugin --runtime --json --output".split():
+    options = (
+        "--fp16 --bf16 --int8 --calib --fusion --tf32 --no-tf32 --min-batch --opt-batch --max-batch --timing-cache"
+    )
+    for option in f"{options} --workspace --version-compatible --plugin --runtime --json --output".split():
         assert option in text, option
     assert "build-engine" in CliRunner().invoke(cli, ["--help"]).stdout
 
@@ -57,7 +59,7 @@ def test_without_a_card(model: Path) -> None:
 
 
 def test_int8_needs_calibration(model: Path) -> None:
-    assert "--int8 needs calibration: vimdeploy quantize (not in this version)" in refused(2, "--int8")
+    assert "is not quantized yet Try: say on which images: --calib FOLDER" in refused(2, "--int8")
 
 
 def test_contradictions(model: Path) -> None:
@@ -65,6 +67,7 @@ def test_contradictions(model: Path) -> None:
     assert "batches must grow" in refused(2, "--min-batch", 9, "--max-batch", 8, "--runtime", RTX)
     assert "is an engine already" in refused(2, _touch("x.plan"))
     assert "Invalid value for '--max-batch'" in refused(2, "--max-batch", 0)
+    assert "Invalid value for '--fusion'" in refused(2, "--fusion", "some")
 
 
 def _touch(name: str) -> str:
@@ -80,6 +83,8 @@ def test_rtx_builds_here(model: Path) -> None:
     result = invoke("--fp16", "--runtime", RTX, "--max-batch", 4)  # the one .vim folder here
     assert result.exit_code == 0, result.output
     assert "fp16, seen in the network: projections 14 in fp16; norms 3 in fp32" in result.stdout
+    assert ["fusion", "full"] in [line.split() for line in result.stdout.splitlines()]
+    assert "is fused (full) already" in refused(2, "--runtime", RTX, "--fusion", "bidirectional", "-o", "x.plan")
     assert "Wrote small.vim/model.fp16.plan and model.fp16.plan.json" in result.stdout
     result = invoke(model, "-o", "other.plan", "--runtime", RTX, "--json", "--max-batch", 4)
     assert result.exit_code == 0, result.output

@@ -83,8 +83,9 @@ def test_the_two_commands_of_the_mission_in_an_empty_folder() -> None:
     exported = python(RUN, "export", "ckpt.pth")
     assert exported.returncode == 0, exported.stderr
     assert exported.stderr == "", "no progress and no warnings off a terminal"
-    for words in (SMALL_NAME, "images (batch, 3, 32, 32) fp32, 17 tokens", "4 vim::SelectiveScan, opset 18, fp32",
-                  "pass", "Wrote ckpt.vim. Next:", "  vimdeploy verify parity\n"):  # fmt: skip
+    for words in (SMALL_NAME, "images (batch, 3, 32, 32) fp32, 17 tokens", "opset 18, fp32, fusion full",
+                  "2 vim::BiSelectiveScan, 2 vim::BiCausalConv1d, 2 vim::AddRMSNorm", "pass",
+                  "Wrote ckpt.vim. Next:", "  vimdeploy verify parity\n"):  # fmt: skip
         assert words in exported.stdout, words
     made = ["manifest.json", "model.onnx", "report.json"]
     assert listing() == ["ckpt.pth", "ckpt.vim", *(f"ckpt.vim/{name}" for name in made)]
@@ -99,7 +100,8 @@ def test_export_json_is_all_of_stdout() -> None:
     report = json.loads(result.stdout)
     assert (report["path"], report["model"]) == ("ckpt.vim", "ckpt.vim/model.onnx")
     assert report["variant"] == SMALL_NAME and report["config"] == SMALL.to_dict()
-    assert (report["precision"], report["opset"], report["scans"]) == ("fp32", 18, 4)
+    assert (report["precision"], report["opset"], report["fusion"]) == ("fp32", 18, "full")
+    assert report["ops"] == {"BiSelectiveScan": 2, "BiCausalConv1d": 2, "AddRMSNorm": 2}
     assert report["file_bytes"] == Path("ckpt.vim/model.onnx").stat().st_size > report["weight_bytes"]
     assert report["parity"]["passed"] and len(report["parity"]["rows"]) == 2
     kept = json.loads(Path("ckpt.vim/report.json").read_text())
@@ -157,6 +159,8 @@ def test_into_an_empty_folder_and_over_an_earlier_export() -> None:
         (["--output", "tokens"], {"output": "tokens"}),
         (["--weights", "ema"], {"weights": "ema"}),
         (["--fallback", "linear-attention"], {"fallback": "linear-attention"}),
+        (["--fusion", "none"], {"fusion": "none"}),
+        (["--fusion", "bidirectional"], {"fusion": "bidirectional"}),
         (["--img-size", "40x48"], {"trained_size": (32, 32)}),
         (["--img-size", "64", "--pos-embed-mode", "repo"], {"pos_embed_mode": "repo"}),
         (["--static-batch", "2"], {}),

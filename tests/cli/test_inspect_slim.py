@@ -215,3 +215,43 @@ def test_slim_into_a_folder_one_may_not_write_to(monkeypatch: pytest.MonkeyPatch
 def test_help(command: str) -> None:
     result = call(command, "--help")
     assert result.exit_code == 0 and f"vimdeploy {command} ckpt.pth" in result.stdout
+
+
+# Exported files.
+
+
+@pytest.mark.parametrize("fusion", ["none", "full"])
+def test_inspect_says_which_operators_an_exported_file_has(fusion: str) -> None:
+    write_small(Path("ckpt.pth"))
+    assert call("export", "ckpt.pth", "--no-verify", "--fusion", fusion, "--precision", "fp16").exit_code == 0
+    by_folder, by_file = call("inspect", "ckpt.vim"), call("inspect", "ckpt.vim/model.onnx")
+    assert by_folder.exit_code == 0 and by_folder.stderr == "" and by_folder.stdout == by_file.stdout
+    report = json.loads(call("inspect", "ckpt.vim", "--json").stdout)
+    fused = {"BiSelectiveScan": 2, "BiCausalConv1d": 2, "AddRMSNorm": 2}
+    assert report["ops"] == (fused if fusion == "full" else {"SelectiveScan": 4})
+    assert report["functions"] == (["SelectiveScan", *fused] if fusion == "full" else ["SelectiveScan"])
+    assert (report["fusion"], report["precision"], report["fallback"]) == (fusion, "fp16", "scan")
+    assert report["variant"] == SMALL_NAME and report["input"] == {"name": "images", "shape": ["batch", 3, 32, 32]}
+    assert report["bytes"] == Path("ckpt.vim/model.onnx").stat().st_size
+    words = [SMALL_NAME, "images (batch, 3, 32, 32)", f"{report['nodes']} nodes, opset 18, fp16, fusion {fusion}",
+             report["sha256"], report["checkpoint_sha256"], "vimdeploy verify parity ckpt.vim/model.onnx"]  # fmt: skip
+    words += [f"{count} vim::{name}" for name, count in report["ops"].items()]
+    for text in (*words, f"scan: bodies of vim::SelectiveScan{', vim::BiSelectiveScan' * (fusion == 'full')}"):
+        assert text in by_folder.stdout, text
+
+
+def test_inspect_of_a_file_without_bodies_says_that_it_needs_the_library() -> None:
+    write_small(Path("ckpt.pth"))
+    call("export", "ckpt.pth", "--no-verify", "--fallback", "none", "-o", "bare.onnx")
+    assert "none: needs vimdeploy's library" in call("inspect", "bare.onnx").stdout
+
+
+def test_inspect_refuses_what_is_no_exported_file() -> None:
+    write_small(Path("ckpt.pth"))
+    call("export", "ckpt.pth", "--no-verify")
+    assert "says itself which model it is" in refused(call("inspect", "ckpt.vim", "--variant", "tiny"))
+    assert "gone.vim does not exist" in refused(call("inspect", "gone.vim"))
+    Path("empty.vim").mkdir()
+    assert "holds no model.onnx" in refused(call("inspect", "empty.vim"))
+    Path("text.onnx").write_text("not a model")
+    assert "text.onnx is not an ONNX file" in refused(call("inspect", "text.onnx"))

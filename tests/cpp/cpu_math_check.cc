@@ -1,6 +1,9 @@
 // Holds kernels/cpu/math.h to the bounds it states. Prints one line a function: name, largest error, bound.
+//
+//   check [STRIDE]    looks at every STRIDE-th float, 97 by default
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <initializer_list>
 #include <limits>
 
@@ -18,6 +21,7 @@ constexpr int kWidth = 4;
 #endif
 using Float = vim::cpu::Vector<kWidth>::Float;
 using Word = vim::cpu::Vector<kWidth>::Word;
+using HalfVector = vim::cpu::Vector<kWidth>::Half;
 
 Word Splat(uint32_t x) { return Word{} + x; }
 Float Splat(float x) { return vim::cpu::BitCast<Float>(Splat(vim::cpu::BitCast<uint32_t>(x))); }
@@ -31,6 +35,9 @@ float Softplus(float x) { return vim::cpu::Softplus(Splat(x))[0]; }
 float Silu(float x) { return vim::cpu::Silu(Splat(x))[0]; }
 float FromHalf(uint32_t h) { return vim::cpu::FromHalf<Float>(Splat(h))[0]; }
 uint32_t ToHalf(float x) { return vim::cpu::ToHalf(Splat(x))[0]; }
+// As the kernels convert, by hardware where there is some.
+float LoadHalf(uint32_t h) { return vim::cpu::FromFloat16<kWidth>(HalfVector{} + static_cast<uint16_t>(h))[0]; }
+uint32_t StoreHalf(float x) { return vim::cpu::ToFloat16<kWidth>(Splat(x))[0]; }
 float FromBfloat16(uint32_t b) { return vim::cpu::FromBfloat16<Float>(Splat(b))[0]; }
 uint32_t ToBfloat16(float x) { return vim::cpu::ToBfloat16(Splat(x))[0]; }
 
@@ -46,10 +53,11 @@ void Check(const char* name, bool ok) {
   ++failures;
 }
 
+uint32_t stride = 97;
+
 // Walks the floats of [low, high] in steps of `stride` representable values.
 template <typename F, typename Reference>
 void Sweep(const char* name, float low, float high, double bound, F f, Reference reference) {
-  constexpr uint32_t kStride = 97;
   double worst = 0.0;
   float worst_at = 0.0f;
   long compared = 0;
@@ -64,8 +72,8 @@ void Sweep(const char* name, float low, float high, double bound, F f, Reference
     }
   };
   if (low < 0.0f)
-    for (uint32_t b = 0x80000000u; b <= Bits(low); b += kStride) visit(FromBits(b));
-  for (uint32_t b = 0; b <= Bits(high); b += kStride) visit(FromBits(b));
+    for (uint32_t b = 0x80000000u; b <= Bits(low); b += stride) visit(FromBits(b));
+  for (uint32_t b = 0; b <= Bits(high); b += stride) visit(FromBits(b));
   visit(low);
   visit(high);
   std::printf("%s %.3e at %.9g, bound %.3e, %ld compared\n", name, worst, worst_at, bound, compared);
@@ -115,6 +123,8 @@ void Halves() {
       Check("FromHalf keeps infinity and NaN", (h & 1023u) ? std::isnan(x) : std::isinf(x));
       Check("ToHalf keeps infinity and NaN", (h & 1023u) ? std::isnan(FromHalf(ToHalf(x))) : ToHalf(x) == half);
     }
+    Check("conversions by hardware are the same, NaN's payload apart",
+          std::isnan(x) ? std::isnan(LoadHalf(half)) : Bits(LoadHalf(half)) == Bits(x) && StoreHalf(x) == half);
     const float y = FromBfloat16(half);
     Check("ToBfloat16 undoes FromBfloat16",
           std::isnan(y) ? std::isnan(FromBfloat16(ToBfloat16(y))) : ToBfloat16(y) == half);
@@ -126,12 +136,18 @@ void Halves() {
   }
   Check("ToHalf: 65519 is the last finite",
         ToHalf(65519.0f) == 0x7bff && ToHalf(65520.0f) == 0x7c00 && ToHalf(1e30f) == 0x7c00);
+  for (uint32_t b = 0; b < (255u << 23); b += stride) {
+    const float x = FromBits(b);
+    if (StoreHalf(x) != ToHalf(x) || StoreHalf(-x) != ToHalf(-x))
+      return Check("rounding by hardware is the same", false);
+  }
   Check("ToBfloat16: a NaN of low payload stays NaN", std::isnan(FromBfloat16(ToBfloat16(FromBits(0x7f800001u)))));
 }
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) stride = static_cast<uint32_t>(std::strtoul(argv[1], nullptr, 10));
   Sweep("Exp2", kExp2Low, kExp2High, kExp2MaxRelativeError, Exp2, [](double x) { return std::exp2(x); });
   Sweep("Exp", kExpLow, kExpHigh, kExpMaxRelativeError, Exp, [](double x) { return std::exp(x); });
   Sweep("Softplus", -87.0f, 100.0f, kSoftplusMaxRelativeError, Softplus,

@@ -21,7 +21,7 @@ import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from ort_library import ROOT
+from ort_library import ROOT, onnxruntime_headers
 from PIL import Image
 from tiny_onnx import COLOURS, tiny_info, write_tiny_onnx
 from zoo import exported
@@ -63,12 +63,6 @@ def shell(*command: object, **environment: str) -> subprocess.CompletedProcess[s
 
 def generator() -> list[str]:
     return ["-G", "Ninja"] if shutil.which("ninja") else []
-
-
-def onnxruntime_headers() -> list[str]:
-    """Those that `make setup` found or fetched, so that a test fetches nothing a second time."""
-    fetched = sorted((ROOT / "build").glob("*/onnxruntime-headers"))
-    return [] if os.environ.get("ONNXRUNTIME_ROOT") or not fetched else [f"-DONNXRUNTIME_ROOT={fetched[0] / 'usr'}"]
 
 
 def tensorrt_headers() -> dict[str, Path]:

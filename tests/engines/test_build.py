@@ -84,7 +84,7 @@ def test_an_fp16_build_on_8_5(monkeypatch: pytest.MonkeyPatch, model: Path, plug
         monkeypatch, model, plugin, precision="fp16", max_batch=16, workspace=1 << 20, timing_cache=cache
     )
     config = seen["config"]
-    assert config.flags == {Flag.FP16, Flag.PREFER_PRECISION_CONSTRAINTS}  # TF32, on by default, is off
+    assert config.flags == {Flag.FP16, Flag.OBEY_PRECISION_CONSTRAINTS}  # TF32, on by default, is off
     assert config.workspace == 1 << 20 and seen["network_flags"] == 1
     assert config.sources == 0
     assert config.profiles[0].shapes == ("image", (1, 3, 32, 32), (8, 3, 32, 32), (16, 3, 32, 32))

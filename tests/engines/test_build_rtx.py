@@ -85,6 +85,16 @@ def test_the_body_builds_and_has_the_precision_asked_for(model: Path, precision:
     assert told.steps[0] == "typing the graph"
 
 
+@pytest.mark.parametrize("fusion", ["none", "bidirectional"])
+def test_a_file_is_fused_no_further_where_no_plugin_is_taken(exported: Path, tmp_path: Path, fusion: str) -> None:
+    """The ops are built in as bodies, so fusing gains nothing; every other test here has a fully fused file."""
+    checkpoint = exported.parent.parent / "small.pth"
+    model = export_checkpoint(checkpoint, tmp_path / f"{fusion}.vim", ExportOptions(fusion=fusion)).model
+    sidecar = build_engine(model, None, BuildOptions(runtime=RTX, precision="fp16")).sidecar
+    assert sidecar.build["fusion"] == fusion == sidecar.info.fusion
+    assert sidecar.precision["projections"] == {"fp16": 14} and sidecar.precision["islands"] == {"fp32": 3}
+
+
 def test_what_is_written_says_everything(model: Path) -> None:
     result = build_engine(
         model, None, BuildOptions(runtime=RTX, precision="fp16", min_batch=2, opt_batch=4, max_batch=8)
@@ -96,7 +106,7 @@ def test_what_is_written_says_everything(model: Path) -> None:
     assert str(sidecar.profile) == "images 2..4..8 x 3 x 32 x 32"
     assert sidecar.device is None and sidecar.plugin is None and not sidecar.tf32
     assert sidecar.onnx == {"file": "model.onnx", "sha256": bundle.sha256_of(model)}
-    assert sidecar.build["timing_cache"] is None
+    assert sidecar.build["timing_cache"] is None and sidecar.build["fusion"] == "full" == sidecar.info.fusion
     manifest = bundle.read_manifest(model)["files"]
     assert set(manifest) == {"model.onnx", "model.fp16.plan", "model.fp16.plan.json"}
     assert manifest["model.fp16.plan"]["sha256"] == sidecar.plan["sha256"] == bundle.sha256_of(result.plan)
@@ -131,6 +141,8 @@ def test_bad_input(model: Path, tmp_path: Path) -> None:
     assert "does not end in .plan" in refused(UsageError, model, tmp_path / "x.engine")
     assert "does not exist" in refused(UsageError, model, tmp_path / "none" / "x.plan")
     assert "'int4' is unknown" in refused(UsageError, model, precision="int4")
+    assert "'some' is unknown" in refused(UsageError, model, fusion="some")
+    assert "is fused (full) already and cannot be built with --fusion none" in refused(UsageError, model, fusion="none")
     assert "has no vim:: operator" in refused(ModelFileError, write_tiny_onnx(tmp_path / "no" / "model.onnx", op=False))
     model.write_bytes(model.read_bytes()[:-1] + b"\0")
     assert "SHA-256 differs" in refused(ModelFileError, model)

@@ -94,6 +94,21 @@ def test_an_island_that_sank_fails() -> None:
         prove([layer("a/MatMul", "fp16"), layer("norm/ReduceMean", "fp16")], WANTED, "inspector")
 
 
+STREAMS = Wanted("fp16", frozenset({"a/MatMul"}), frozenset(), frozenset({"norm/AddRMSNorm"}))
+
+
+@pytest.mark.parametrize(("reads", "holds"), [(("fp16", "fp32", "fp32"), True), (("fp16", "fp16", "fp32"), False)])
+def test_a_fused_norm_must_take_the_stream_in_fp32(reads: tuple[str, ...], holds: bool) -> None:
+    """Its first input, h, is low; the second is the residual stream."""
+    norm = Layer("norm/AddRMSNorm", names_in("norm/AddRMSNorm"), reads, ("fp16", reads[1]))
+    layers = [layer("a/MatMul", "fp16"), norm]
+    if holds:
+        assert prove(layers, STREAMS, "inspector").islands == {"fp32": 1}
+    else:
+        with pytest.raises(CheckFailed, match=r"norms that must stay in fp32 are not: norm/AddRMSNorm \(fp16\)"):
+            prove(layers, STREAMS, "inspector")
+
+
 def test_what_does_not_show_is_not_proven() -> None:
     region = layer("{ForeignNode[a/MatMul...b/MatMul]}", "fp16", opaque=True)
     with pytest.raises(CheckFailed, match="shows none of the 2 projections"):
@@ -111,3 +126,11 @@ def test_what_is_wanted_is_read_from_the_typed_graph() -> None:
         assert by_name[name].inputs[0].dtype == ir.DataType.FLOAT16  # type: ignore[union-attr]
     for name in wanted.islands:
         assert by_name[name].inputs[0].dtype == ir.DataType.FLOAT  # type: ignore[union-attr]
+
+
+def test_in_a_fused_graph_the_fused_norms_are_wanted_too() -> None:
+    model = loaded(BASE, fusion="full", fallback="none")
+    wanted = Wanted.of(to_precision(model, "fp16").graph, "fp16")
+    assert wanted.islands == {"layers.0.norm/ReduceMean"}
+    assert wanted.streams == {"layers.1.norm/AddRMSNorm", "norm_f/AddRMSNorm"}
+    assert len(wanted.projections) == 2 * 6 + 2

@@ -287,7 +287,9 @@ def test_the_result_says_what_was_written(tmp_path: Path) -> None:
     result = export_small(tmp_path)
     model = onnx.load(result.model)
     assert result.path == tmp_path / "small.vim" and result.model == tmp_path / "small.vim/model.onnx"
-    assert (result.nodes, result.scans, result.opset) == (len(model.graph.node), 4, 18)
+    ops = {"BiSelectiveScan": 2, "BiCausalConv1d": 2, "AddRMSNorm": 2}
+    assert (result.nodes, result.ops, result.opset) == (len(model.graph.node), ops, 18)
+    assert result.info.fusion == "full"
     assert result.file_bytes == result.model.stat().st_size
     parameters = sum(tensor.numel() for tensor in random_model(result.info.config).state_dict().values())
     assert result.weight_bytes == 4 * parameters
@@ -300,6 +302,7 @@ def test_the_manifest_describes_the_files(tmp_path: Path) -> None:
     entry = manifest["files"]["model.onnx"]
     assert entry["sha256"] == bundle.sha256_of(result.model) and entry["bytes"] == result.file_bytes
     assert (entry["precision"], entry["opset"], entry["made_by"]) == ("fp16", 20, "export")
+    assert entry["fusion"] == "full"
     assert manifest["checkpoint"]["sha256"] == bundle.sha256_of(tmp_path / "small.pth")
     assert bundle.checkpoint_of(result.model) == tmp_path / "small.pth"
     assert sorted(p.name for p in result.path.iterdir()) == ["manifest.json", "model.onnx"]
@@ -396,6 +399,7 @@ def test_files_have_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     [
         ({"precision": "int8"}, "precision 'int8' is not one of fp32, fp16, bf16"),
         ({"fallback": "loop"}, "fallback 'loop' is not one of"),
+        ({"fusion": "some"}, "fusion 'some' is not one of none, bidirectional, full"),
         ({"output": "probabilities"}, "output 'probabilities' is not one of"),
         ({"opset": 15}, "opset 15 cannot be written"),
         ({"opset": 24}, "opset 24 cannot be written"),
@@ -462,7 +466,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> exporter.ExportResult:
 def test_vim_tiny_is_within_3_percent_of_its_weights(tiny: exporter.ExportResult) -> None:
     assert tiny.weight_bytes == 4 * 7_148_008
     assert 1 < tiny.file_bytes / tiny.weight_bytes < 1.03
-    assert tiny.scans == 48
+    assert tiny.ops == {"BiSelectiveScan": 24, "BiCausalConv1d": 24, "AddRMSNorm": 24}
 
 
 def test_vim_tiny_computes_the_reference(tiny: exporter.ExportResult) -> None:

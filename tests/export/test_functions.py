@@ -35,15 +35,15 @@ def model_of_one_node(
     )
     function = ir.serde.serialize_function(function_body(kind, signature, opset))
     nodes, names = [], []
-    for name in schema.INPUTS:
-        if name in inputs and name not in schema.FP32_INPUTS and dtype != "fp32":
+    for name in schema.SCAN.inputs:
+        if name in inputs and name not in schema.SCAN.fp32 and dtype != "fp32":
             nodes.append(helper.make_node("Cast", [name], [f"{name}_low"], to=io))
             names.append(f"{name}_low")
         else:
             names.append(name if name in inputs else "")
     while not names[-1]:
         names.pop()
-    every = {"delta_softplus": 1, "reverse": 0, **schema.PLUGIN_ATTRIBUTES, **attributes}
+    every = schema.SCAN.node_attributes(**attributes)
     nodes.append(helper.make_node("SelectiveScan", names, ["y_low"], domain="vim", **every))
     nodes.append(helper.make_node("Cast", ["y_low"], ["y"], to=TensorProto.FLOAT))
     shapes = {name: ["b", "l", *x.shape[2:]] if x.ndim > 2 else list(x.shape) for name, x in inputs.items()}
@@ -187,7 +187,7 @@ def test_the_function_declares_what_nodes_carry(kind: str) -> None:
         function_body(kind, ScanSignature(ir.DataType.FLOAT, 8, 4, 1, (True, True, True)), 18)
     )
     assert (function.domain, function.name) == ("vim", "SelectiveScan")
-    assert list(function.input) == list(schema.INPUTS) and list(function.output) == ["y"]
+    assert list(function.input) == list(schema.SCAN.inputs) and list(function.output) == ["y"]
     assert sorted(function.attribute) == ["delta_softplus", "plugin_namespace", "plugin_version", "reverse"]
     # Defaults of function attributes are part of ONNX from IR version 9 on, and files are written in 8.
     assert not function.attribute_proto

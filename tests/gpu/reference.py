@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from scan_library import Direction
+from cuda_library import Direction
 
 
 def scan_f64(d: Direction, z=None, *, softplus=True, reverse=False) -> torch.Tensor:

@@ -81,6 +81,10 @@ run() {
   for image in images/*; do ./sdk_check classify "$plan" 5 "$image"; done >single.txt
   same_classes single.txt
   ./sdk_check threads "$plan" 4 200 images/*
+  # From recorded graphs: a large batch, then small ones, then by four threads with a context each.
+  OPEN_GRAPH=1 ./sdk_check classify "$plan" 5 images/* >graph.txt
+  cmp graph.txt batched.txt
+  OPEN_GRAPH=1 ./sdk_check threads "$plan" 4 200 images/*
   for image in images/*; do ./classify_trt "$image" "$plan"; done >printed_trt.txt
   diff printed.txt printed_trt.txt && echo "classify_trt prints what classify_ort prints" ||
     echo "classify_trt differs from classify_ort as above: digits that round apart, or a fault; see batched.txt"

@@ -14,8 +14,8 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
+import cuda_library as lib  # noqa: E402
 import reference as ref  # noqa: E402
-import scan_library as lib  # noqa: E402
 
 # y is rounded once (2.9e-4 at worst for fp16), a pair's first part once more.
 TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3, torch.float32: 2e-6}
@@ -28,11 +28,11 @@ def generator():
     return torch.Generator(device="cuda").manual_seed(torch.seed() % 2**31)
 
 
-def check_pair(directions, z, variant, *, softplus=True, scale=1.0, token_pad=0, offset=0, reference=None):
+def check_pair(directions, z, variant, *, softplus=True, y_scale=None, token_pad=0, offset=0, reference=None):
     """Runs, compares, and looks at the guard zones. Returns the float64 reference, or None if not supported."""
     dtype = directions[0].u.dtype
     y = ref.Guarded(directions[0].u.shape, dtype, token_pad=token_pad, offset=offset)
-    call = lib.Call(directions, z, y.view, softplus=softplus, scale=scale)
+    call = lib.Call(directions, z, y.view, softplus=softplus, y_scale=y_scale)
     status = call.run(variant)
     if status == lib.UNSUPPORTED and variant is not None:
         return None
@@ -41,7 +41,9 @@ def check_pair(directions, z, variant, *, softplus=True, scale=1.0, token_pad=0,
     if reference is None:
         forward = ref.scan_f64(directions[0], softplus=softplus)
         backward = ref.scan_f64(directions[1], softplus=softplus, reverse=True)
-        reference = (forward + backward) * scale
+        reference = forward + backward
+        if y_scale is not None:
+            reference = reference * y_scale.double()
         if z is not None:
             reference = reference * torch.nn.functional.silu(z.double())
     error = ref.relative_rms(y.view, reference)
@@ -71,9 +73,10 @@ def check_one(d, z, variant, *, reverse, softplus=True, token_pad=0, offset=0, r
 def test_every_pair_variant(batch, length, channels, rank, dtype, generator):
     directions = [ref.make_direction(batch, length, channels, dtype, rank=rank, generator=generator) for _ in "fb"]
     z = torch.randn(batch, length, channels, device="cuda", generator=generator).to(dtype)
+    y_scale = torch.rand(channels, device="cuda", generator=generator) + 0.5
     reference, ran = None, 0
     for variant in [None, lib.Variant(), *lib.PAIR_VARIANTS]:
-        result = check_pair(directions, z, variant, scale=0.5, reference=reference)
+        result = check_pair(directions, z, variant, y_scale=y_scale, reference=reference)
         ran += result is not None
         reference = result if result is not None else reference
     assert ran > 10
@@ -232,7 +235,7 @@ def test_choice_of_variant():
         desc = (lib._BiDesc if pair else lib._Desc)()
         desc.batch, desc.length, desc.channels, desc.states, desc.groups, desc.io = batch, length, channels, 16, 1, 1
         prefix = "vim_bi_selective_scan" if pair else "vim_selective_scan"
-        arguments = (ctypes.byref(desc), ctypes.c_int64(44)) if pair else (ctypes.byref(desc),)
+        arguments = (ctypes.byref(desc), *map(ctypes.c_int64, (44, 0))) if pair else (ctypes.byref(desc),)
         getattr(lib.library(), f"{prefix}_contiguous")(*arguments)
         return getattr(lib.library(), f"{prefix}_choose_variant")(ctypes.byref(desc), sm)
 

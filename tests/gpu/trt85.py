@@ -25,6 +25,7 @@ sys.setdlopenflags(os.RTLD_LAZY)
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from vimdeploy.engines.build import BuildOptions, build_engine  # noqa: E402
+from vimdeploy.engines.sidecar import read_sidecar  # noqa: E402
 from vimdeploy.errors import VimDeployError  # noqa: E402
 from vimdeploy.runtimes import cuda, open_session  # noqa: E402
 from vimdeploy.runtimes.tensorrt import TensorRTSession  # noqa: E402
@@ -75,26 +76,33 @@ def one(folder: Path, name: str, precision: str, plugin: Path) -> dict[str, Any]
     options = BuildOptions(precision=None if precision == "fp32" else precision, timing_cache=cache, plugin=plugin)
     cold = build_engine(model, None, options)
     print(f"{name} {precision} cold {cold.seconds:.1f} s", flush=True)
-    dump(cold.plan, plugin, folder / f"{name}.{precision}.layers.json")
     warm = build_engine(model, None, options)
+    row = {
+        "build_s_cold": round(cold.seconds, 1),
+        "build_s_warm": round(warm.seconds, 1),
+        "total_s_warm": round(warm.total_seconds, 1),
+    }
+    return {**row, **measure(folder, name, precision, warm.plan)}
+
+
+def measure(folder: Path, name: str, precision: str, plan: Path) -> dict[str, Any]:
+    """The plan's outputs at every batch against PyTorch's, and what a call takes."""
+    sidecar = read_sidecar(plan)
     content = np.load(folder / f"{name}.npz")
     facts = json.loads((folder / f"{name}.json").read_text())
     wanted = content["fp32" if precision == "fp32" else "fp64"]
     row: dict[str, Any] = {
         "model": name,
         "precision": precision,
-        "tensorrt": cold.sidecar.runtime["version"],
+        "tensorrt": sidecar.runtime["version"],
         "torch": facts["torch"],
-        "build_s_cold": round(cold.seconds, 1),
-        "build_s_warm": round(warm.seconds, 1),
-        "total_s_warm": round(warm.total_seconds, 1),
-        "plan_bytes": warm.plan_bytes,
+        "plan_bytes": plan.stat().st_size,
         "weight_bytes": facts["parameters"] * (4 if precision == "fp32" else 2),
-        "found": warm.sidecar.precision,
+        "found": sidecar.precision,
         "batches": {},
         "failures": [],
     }
-    with open_session(warm.plan) as session:
+    with open_session(plan) as session:
         for batch in BATCHES:
             images = content["images"][: max(batch, len(content["images"]) // batch * batch)]
             if batch < 64:
@@ -110,7 +118,7 @@ def one(folder: Path, name: str, precision: str, plugin: Path) -> dict[str, Any]
                 "plan": float((got.argmax(1) == labels).mean()),
                 "pytorch_fp32": float((content["fp32"][: len(got)].argmax(1) == labels).mean()),
             }
-    with TensorRTSession(warm.plan, cuda_graph=True) as session:
+    with TensorRTSession(plan, cuda_graph=True) as session:
         graphed = [session.run(images[:64])["logits"] for _ in range(2)][1]
         row["cuda_graph_equal"] = bool(np.array_equal(graphed, last[:64]))
         row["latency_ms"] = {str(batch): latency(session, content["images"][:batch]) for batch in BATCHES}
@@ -152,15 +160,6 @@ def latency(session: TensorRTSession, images: np.ndarray, n: int = 30) -> float:
         session.run(images)
         times.append(time.perf_counter() - began)
     return round(1e3 * float(np.median(times)), 3)
-
-
-def dump(plan: Path, plugin: Path, out: Path) -> None:
-    """The inspector's own words, to look at."""
-    with TensorRTSession(plan) as session:
-        import tensorrt
-
-        inspector = session._engine.create_engine_inspector()
-        out.write_text(inspector.get_engine_information(tensorrt.LayerInformationFormat.JSON))
 
 
 def refusals(folder: Path, plugin: Path) -> dict[str, tuple[str, Callable[[], Any]]]:

@@ -6,21 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scan_c
-from numpy.lib.stride_tricks import as_strided
 from ort_library import ROOT
-from scan_cases import ALL_OPTIONAL, DTYPES, assert_close_to_reference, make_inputs
-
-
-@pytest.fixture(params=scan_c.ISAS)
-def isa(request: pytest.FixtureRequest) -> str:
-    if not scan_c.has_isa(request.param):
-        pytest.skip(f"this build or this processor has no {request.param}")
-    return request.param
+from scan_cases import ALL_OPTIONAL, DTYPES, assert_close_to_reference, make_inputs, strided
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -137,20 +130,6 @@ def test_nan_in_an_input_reaches_what_depends_on_it_and_nothing_else(isa, name):
     assert np.array_equal(y[~hit], y_clean[~hit])
 
 
-def strided(shape, dtype, rng, poison, order=(0, 1, 2)):
-    """An array of this shape with gaps after each token and each batch entry, in the middle of a poisoned buffer."""
-    inner = shape[-1]
-    token = int(np.prod(shape[2:-1], dtype=int)) * (inner + 3) + 5
-    batch = shape[1] * token + 11
-    guard = 37  # odd, so that rows are aligned to nothing
-    buffer = np.full(2 * guard + shape[0] * batch + 64, poison, dtype)
-    steps = (batch, token) if len(shape) == 3 else (batch, token, inner + 3)
-    view = as_strided(buffer[guard:], shape, [step * buffer.itemsize for step in (*steps, 1)])
-    if rng is not None:
-        view[...] = rng
-    return buffer, view
-
-
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", [5, 16, 50])
@@ -204,8 +183,10 @@ def test_small_scans_do_not_wake_the_pool():
 
 
 def test_dispatch_takes_the_widest_instruction_set_there_is():
-    best = [isa for isa in scan_c.ISAS if scan_c.has_isa(isa)][-1]
+    there = [isa for isa in scan_c.ISAS if scan_c.has_isa(isa)]
+    best = there[-1]
     assert scan_c.library().vim_cpu_isa().decode() == best
+    assert scan_c.isas_at_hand() == there[::-1]
     inputs = make_inputs(1, 20, 40, 16)
     assert scan_c.scan(inputs).tobytes() == scan_c.scan(inputs, best).tobytes()
     cpuinfo = Path("/proc/cpuinfo")
@@ -214,10 +195,36 @@ def test_dispatch_takes_the_widest_instruction_set_there_is():
         if cpuinfo.exists()
         else set()
     )
-    if {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
+    v3 = {"avx2", "fma", "bmi1", "bmi2", "f16c"}
+    if {*v3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags:
         assert best == "x86-64-v4"
-    elif {"avx2", "fma", "bmi1", "bmi2"} <= flags:
+    elif v3 <= flags:
         assert best == "x86-64-v3"
+
+
+ASK = """
+import sys, scan_c
+from scan_cases import make_inputs
+library = scan_c.library()
+isa = library.vim_cpu_isa()
+inputs = make_inputs(1, 2, 16, 4)
+status = scan_c.run({**inputs, "y": inputs["u"].copy()})
+print(isa.decode() if isa else None, status)
+"""
+
+
+def ask_in_a_process_with(isa: str) -> str:
+    environment = {**os.environ, "VIMDEPLOY_CPU_ISA": isa, "PYTHONPATH": os.pathsep.join([f"{ROOT}/tests", str(ROOT)])}
+    command = [sys.executable, "-c", ASK]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_environment_variable_chooses_the_instruction_set_of_a_process(isa):
+    assert ask_in_a_process_with(isa) == f"{isa} {scan_c.OK}"
+
+
+def test_environment_variable_that_asks_for_what_is_not_there_is_not_passed_over():
+    assert ask_in_a_process_with("x86-64-v9") == f"None {scan_c.UNSUPPORTED}"
 
 
 def test_unknown_instruction_set_is_unsupported():

@@ -61,15 +61,16 @@ def test_each_result_is_rounded_as_numpy_rounds_it(seed: int) -> None:
     assert np.abs(want - plain).max() > 1e-3, "rounding must show"
 
 
+@pytest.mark.parametrize("fusion", ["none", "full"])
 @pytest.mark.parametrize("name", ["v2", "v1", "layer pairs, v2", "rope and residual", "no cls, pool max"])
-def test_nothing_bf16_is_computed_with(name: str) -> None:
-    model = emulated(name)
+def test_nothing_bf16_is_computed_with(name: str, fusion: str) -> None:
+    model = emulated(name, fusion=fusion)
     zoo.check(model)
     assert not [t.name for t in model.graph.initializer if t.data_type == TensorProto.BFLOAT16]
     bf16 = {v.name for v in model.graph.value_info if v.type.tensor_type.elem_type == TensorProto.BFLOAT16}
     makers = [n for n in model.graph.node if bf16 & set(n.output)]
     readers = [n for n in model.graph.node if bf16 & set(n.input)]
-    assert len(makers) > 50 and {n.op_type for n in (*makers, *readers)} == {"Cast"}
+    assert len(makers) > (50 if fusion == "none" else 20) and {n.op_type for n in (*makers, *readers)} == {"Cast"}
 
 
 def test_every_low_value_of_the_original_is_rounded() -> None:
@@ -93,12 +94,13 @@ def test_weights_hold_their_bf16_values() -> None:
     np.testing.assert_array_equal(emulation[name], rounded(emulation[name]))
 
 
+@pytest.mark.parametrize("fusion", ["none", "full"])
 @pytest.mark.parametrize("runtime", ["body", "library"])
 @pytest.mark.parametrize("name", ["v2", "layer pairs, v2", "rope and residual"])
-def test_it_computes_the_network_with_the_error_of_bf16(name: str, runtime: str) -> None:
+def test_it_computes_the_network_with_the_error_of_bf16(name: str, runtime: str, fusion: str) -> None:
     config = zoo.NETWORKS[name]
     images = zoo.images_for(config)
-    got = zoo.run(emulated(name), images, runtime)
+    got = zoo.run(emulated(name, fusion=fusion), images, runtime)
     golden = golden_forward(config, zoo.weights_of(config), images.astype(np.float64))
     error = np.sqrt(np.mean((got - golden) ** 2) / np.mean(golden**2))
     assert 5e-4 < error < 4e-2, "below, nothing was rounded; above, something is wrong"
@@ -110,6 +112,26 @@ def test_the_body_is_of_the_same_kind_in_fp32(fallback: str, operator: str) -> N
     operators = [node.op_type for node in function.node]
     assert operator in operators and "Cast" in operators
     assert TensorProto.BFLOAT16 not in [zoo.attributes(n).get("to") for n in function.node if n.op_type == "Cast"]
+
+
+@pytest.mark.parametrize("fallback,operator", [("scan", "Scan"), ("linear-attention", "LinearAttention")])
+def test_the_fused_ops_bodies_are_of_the_same_kind_in_fp32(fallback: str, operator: str) -> None:
+    functions = emulated("v2", fallback=fallback, fusion="full").functions
+    assert {f.name for f in functions} == {"SelectiveScan", "BiSelectiveScan", "BiCausalConv1d", "AddRMSNorm"}
+    operators = [node.op_type for function in functions for node in function.node]
+    assert operator in operators
+    casts = [n for f in functions for n in f.node if n.op_type == "Cast"]
+    assert TensorProto.BFLOAT16 not in [zoo.attributes(n).get("to") for n in casts]
+
+
+def test_the_stream_is_not_rounded() -> None:
+    model = emulated("v2", fusion="full")
+    rounded_values = {n.input[0] for n in model.graph.node if n.op_type == "Cast"
+                      and zoo.attributes(n)["to"] == TensorProto.BFLOAT16}  # fmt: skip
+    norms = [node for node in model.graph.node if node.op_type == "AddRMSNorm"]
+    assert len(norms) == 2
+    for node in norms:
+        assert node.output[0] in rounded_values and node.output[1] not in rounded_values
 
 
 def test_no_body_stays_no_body() -> None:

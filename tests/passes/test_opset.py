@@ -10,6 +10,7 @@ from onnx import TensorProto, helper
 from zoo import BASE, NETWORKS, exported, images_for, run
 
 from vimdeploy.errors import ExportError
+from vimdeploy.export import functions
 from vimdeploy.passes.opset import lower_opset, raise_opset
 
 
@@ -17,6 +18,17 @@ def lowered(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     graph = ir.from_proto(model)
     graph.functions.clear()  # a body of opset 18 cannot stay; the op library runs the node
     return ir.to_proto(lower_opset(graph, opset))
+
+
+@pytest.mark.parametrize("name", ["v2", "layer pairs, v2", "rope and residual", "cls double"])
+def test_a_fused_graph_is_lowered_like_any(name: str) -> None:
+    config = NETWORKS[name]
+    graph = ir.from_proto(exported(config, fusion="full"))
+    graph.functions.clear()
+    lower_opset(graph, 16)
+    functions.attach(graph, "scan")
+    x = images_for(config)
+    np.testing.assert_allclose(run(ir.to_proto(graph), x), run(exported(config), x), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("opset", [14, 16])

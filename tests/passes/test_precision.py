@@ -11,7 +11,7 @@ import zoo
 from golden_vim import golden_forward
 from onnx import TensorProto, helper, numpy_helper
 
-from vimdeploy.errors import ExportError
+from vimdeploy.errors import ExportError, ModelFileError
 from vimdeploy.export import schema
 from vimdeploy.passes.precision import to_precision
 
@@ -125,7 +125,7 @@ def test_rule_2_the_scan_is_low_outside_and_its_constants_fp32(name: str, precis
     model = typed(name, precision)
     types = types_of(model)
     for scan in zoo.scans(model):
-        for formal, actual in zip(schema.INPUTS, scan.input):
+        for formal, actual in zip(schema.SCAN.inputs, scan.input):
             wanted = TensorProto.FLOAT if formal in ("A", "D", "delta_bias") else LOW[precision]
             assert types[actual] == wanted, f"{scan.name}: {formal}"
         assert types[scan.output[0]] == LOW[precision]
@@ -138,7 +138,56 @@ def test_rule_2_its_constants_are_the_same_to_the_bit(precision: str) -> None:
         np.testing.assert_array_equal(model[f"layers.1.mixer.{part}"], plain[f"layers.1.mixer.{part}"])
 
 
+FUSED = ("v2", "v1", "layer pairs, v2", "rope and residual", "cls double", "no cls, pool mean", "layer scale")
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("fusion", ["bidirectional", "full"])
+@pytest.mark.parametrize("name", FUSED)
+def test_rule_2_fused_ops_take_and_give_what_the_schema_says(name: str, fusion: str, precision: str) -> None:
+    model = typed(name, precision, fusion=fusion)
+    zoo.check(model)
+    types = types_of(model)
+    found = [node for node in model.graph.node if node.domain == "vim"]
+    assert len(found) >= 2
+    for node in found:
+        op = schema.OPS[node.op_type]
+        for formal, actual in (*zip(op.inputs, node.input), *zip(op.outputs, node.output)):
+            wanted = TensorProto.FLOAT if formal in op.fp32 else LOW[precision]
+            assert types[actual] == wanted, f"{node.name}: {formal}"
+    fp32 = {tensor.name for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    for part in ("A", "A_b", "D", "D_b", *(("conv1d.taps",) if fusion == "full" and name != "v1" else ())):
+        assert f"layers.1.mixer.{part}" in fp32 or name == "v1", part
+
+
+def test_rule_2_an_op_of_another_version_is_refused() -> None:
+    model = zoo.loaded(zoo.BASE, fallback="none")
+    next(node for node in model.graph if node.domain == "vim").op_type = "TriSelectiveScan"
+    with pytest.raises(ModelFileError, match="is a vim::TriSelectiveScan, which this vimdeploy does not know"):
+        to_precision(model, "fp16")
+
+
 # Rule 3.
+
+
+@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("fusion", ["bidirectional", "full"])
+@pytest.mark.parametrize("name", FUSED)
+def test_rule_3_in_a_fused_graph_the_stream_is_never_rounded(name: str, fusion: str, precision: str) -> None:
+    """What any norm reads, fused or not, is fp32 and made as fp32; of a sum in it only h was low."""
+    model = typed(name, precision, fusion=fusion)
+    types = types_of(model)
+    makers = {o: node for node in model.graph.node for o in node.output}
+    streams = [node.input[1] for node in model.graph.node if node.op_type == "AddRMSNorm"]
+    squares = [makers[node.input[0]] for node in model.graph.node if node.op_type == "ReduceMean"]
+    streams += [node.input[0] for node in squares if node.op_type == "Mul" and node.input[0] == node.input[1]]
+    assert len(streams) == zoo.NETWORKS[name].depth + 1
+    for value in streams:
+        maker = makers[value]
+        assert types[value] == TensorProto.FLOAT, value
+        assert maker.op_type != "Cast", f"{value} was rounded"
+        made = [makers[v].op_type for v in maker.input if v in makers and maker.op_type == "Add"]
+        assert made.count("Cast") <= 1 and "MatMul" not in made, maker.name
 
 
 @pytest.mark.parametrize("precision", LOW)
@@ -184,9 +233,10 @@ def test_rule_3_a_sum_of_two_low_values_is_fp32_when_a_norm_reads_it() -> None:
         assert dtype_read(model, name) == ir.DataType.FLOAT, name
 
 
-def test_rule_3_survives_a_stream_beyond_fp16s_squares() -> None:
+@pytest.mark.parametrize("fusion", ["none", "full"])
+def test_rule_3_survives_a_stream_beyond_fp16s_squares(fusion: str) -> None:
     """|r| = 300: its square is past 65504, and a norm computed in fp16 would be Inf (vim-spec.md 7.3)."""
-    model = typed("v2", "fp16")
+    model = typed("v2", "fp16", fusion=fusion)
     for tensor in model.graph.initializer:
         if tensor.name == "pos_embed":
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + 300, "pos_embed"))
@@ -199,6 +249,14 @@ def test_rule_3_survives_a_stream_beyond_fp16s_squares() -> None:
 
 
 # Rule 4.
+
+
+@pytest.mark.parametrize("precision", LOW)
+def test_rule_4_a_fused_layer_is_cast_nowhere(precision: str) -> None:
+    """h goes from out_proj into the norm, and n from there into in_proj, in the low type."""
+    model = zoo.exported(zoo.BASE.replace(depth=3), precision=precision, opset=OPSET[precision], fusion="full")
+    assert not [node.name for node in model.graph.node if node.op_type == "Cast" and "layers.1." in node.name]
+    assert not [node.name for node in model.graph.node if node.op_type == "Cast" and "layers.2." in node.name]
 
 
 @pytest.mark.parametrize("precision", LOW)
@@ -270,12 +328,13 @@ def test_the_file_is_half_as_large(precision: str) -> None:
     assert sizes[precision] < 0.56 * sizes["fp32"]
 
 
+@pytest.mark.parametrize("fusion", ["none", "full"])
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("runtime", ["body", "library"])
-def test_fp16_still_computes_the_network(name: str, runtime: str) -> None:
+def test_fp16_still_computes_the_network(name: str, runtime: str, fusion: str) -> None:
     config = zoo.NETWORKS[name]
     images = zoo.images_for(config)
-    got = zoo.run(typed(name, "fp16"), images, runtime)
+    got = zoo.run(typed(name, "fp16", fusion=fusion), images, runtime)
     golden = golden_forward(config, zoo.weights_of(config), images.astype(np.float64))
     error = np.sqrt(np.mean((got - golden) ** 2) / np.mean(golden**2))
     assert got.dtype == np.float32

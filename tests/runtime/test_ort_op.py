@@ -1,6 +1,7 @@
 """libvimdeploy_ort.so in ONNX Runtime: loads, computes what the definition says, refuses what is wrong with a sentence.
 
-Runs in the ONNX Runtime that is installed; the last test runs this file again in an old one (VIMDEPLOY_ORT_OLD).
+Runs in the ONNX Runtime that is installed; the last test runs this file and that of the fused ops again in an old one
+(VIMDEPLOY_ORT_OLD).
 """
 
 from __future__ import annotations
@@ -17,77 +18,27 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import helper
 from ort_library import ROOT, ort_library
 from scan_cases import ALL_OPTIONAL, assert_close_to_reference, make_inputs
 
-ort = pytest.importorskip("onnxruntime")
+from vimdeploy.export import schema
+
+pytest.importorskip("onnxruntime")
+from ort_ops import TYPES, op_model, run_op, session, version
 
 OLD = "VIMDEPLOY_ORT_OLD"
-NAMES = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-FLOAT32 = ("A", "D", "delta_bias")
-TYPES = {
-    "fp32": TensorProto.FLOAT,
-    "fp16": TensorProto.FLOAT16,
-    "bf16": TensorProto.BFLOAT16,
-    "fp64": TensorProto.DOUBLE,
-}
-SHAPES = {
-    "u": ["batch", "length", "channels"],
-    "delta": ["batch", "length", "channels"],
-    "A": ["channels", "states"],
-    "B": ["batch", "length", "groups", "states"],
-    "C": ["batch", "length", "groups", "states"],
-    "D": ["channels"],
-    "z": ["batch", "length", "channels"],
-    "delta_bias": ["channels"],
-}
+SAME_IN_OLD = ("test_ort_op.py", "test_ort_fused.py")
+NAMES = schema.SCAN.inputs
 
 
-def model_bytes(given, dtype="fp32", types=None, functions=(), **attributes):
-    """A graph of one SelectiveScan. bf16, which numpy lacks, comes in and goes out as fp32 and is cast inside."""
-    types = {name: TYPES["fp32" if name in FLOAT32 else dtype] for name in NAMES} | (types or {})
-    outside = {name: TensorProto.FLOAT if types[name] == TensorProto.BFLOAT16 else types[name] for name in NAMES}
-    nodes, node_inputs = [], []
-    for name in NAMES:
-        if name not in given:
-            node_inputs.append("")
-        elif outside[name] == types[name]:
-            node_inputs.append(name)
-        else:
-            nodes.append(helper.make_node("Cast", [name], [f"{name}_bf16"], to=types[name]))
-            node_inputs.append(f"{name}_bf16")
-    while node_inputs[-1] == "":
-        node_inputs.pop()
-    bf16 = types["u"] == TensorProto.BFLOAT16
-    scan_output = "y_bf16" if bf16 else "y"
-    nodes.append(
-        helper.make_node("SelectiveScan", node_inputs, [scan_output], name="scan0", domain="vim", **attributes)
-    )
-    if bf16:
-        nodes.append(helper.make_node("Cast", ["y_bf16"], ["y"], to=TensorProto.FLOAT))
-    graph = helper.make_graph(
-        nodes,
-        "scan",
-        [helper.make_tensor_value_info(name, outside[name], SHAPES[name]) for name in NAMES if name in given],
-        [helper.make_tensor_value_info("y", outside["u"], None)],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("vim", 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=9, functions=functions).SerializeToString()
-
-
-def session(model, threads=1):
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(ort_library()))
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # refusals below are meant
-    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+def model_bytes(given, dtype="fp32", **more):
+    return op_model(schema.SCAN, given, dtype, **more)
 
 
 def run(inputs, dtype="fp32", threads=1, **attributes):
-    feed = {name: value.astype(np.float32) if dtype == "bf16" else value for name, value in inputs.items()}
-    (y,) = session(model_bytes(inputs, dtype, **attributes), threads).run(None, feed)
-    return y.astype(inputs["u"].dtype)
+    (y,) = run_op(schema.SCAN, inputs, dtype, threads, **attributes)
+    return y
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
@@ -172,10 +123,6 @@ def test_one_session_serves_changing_sizes():
         assert_close_to_reference(one.run(None, case)[0], case, "fp32")
 
 
-def version() -> tuple[int, ...]:
-    return tuple(int(part) for part in ort.__version__.split(".")[:2])
-
-
 @pytest.mark.skipif(version() < (1, 24), reason="before 1.24, ORT crashes when ops that infer shapes leave inputs out")
 @pytest.mark.parametrize("optional", [(), ("z",), ALL_OPTIONAL], ids=lambda names: "+".join(names) or "none")
 def test_shape_of_the_output_is_known_before_running(optional):
@@ -206,9 +153,9 @@ def test_type_of_the_output_is_that_of_u():
 )
 def test_wrong_types_are_refused_when_the_model_loads(types, message):
     model = model_bytes(NAMES, types={name: TYPES[dtype] for name, dtype in types.items()})
-    with pytest.raises(Exception, match="scan0") as refusal:
+    with pytest.raises(Exception, match="node0") as refusal:
         session(model)
-    assert f"vim::SelectiveScan 'scan0': {message}" in str(refusal.value)
+    assert f"vim::SelectiveScan 'node0': {message}" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +169,7 @@ def test_wrong_types_are_refused_when_the_model_loads(types, message):
     ids=str,
 )
 def test_wrong_attributes_are_refused_when_the_model_loads(attributes, message):
-    with pytest.raises(Exception, match="scan0") as refusal:
+    with pytest.raises(Exception, match="node0") as refusal:
         session(model_bytes(NAMES, **attributes))
     assert message in str(refusal.value)
 
@@ -254,9 +201,9 @@ def test_wrong_shapes_are_refused_when_run(name, value, message):
     loose = onnx.load_from_string(model_bytes(inputs))
     for info in loose.graph.input:
         info.type.tensor_type.ClearField("shape")
-    with pytest.raises(Exception, match="scan0") as refusal:
+    with pytest.raises(Exception, match="node0") as refusal:
         session(loose.SerializeToString()).run(None, inputs)
-    assert f"vim::SelectiveScan 'scan0': {message}" in str(refusal.value)
+    assert f"vim::SelectiveScan 'node0': {message}" in str(refusal.value)
 
 
 def test_groups_that_do_not_divide_the_channels_are_refused():
@@ -272,7 +219,7 @@ def test_more_states_than_the_kernel_has_room_for_are_refused():
 
 
 def test_missing_required_input_is_refused():
-    with pytest.raises(Exception, match=r"SelectiveScan|scan0"):
+    with pytest.raises(Exception, match=r"SelectiveScan|node0"):
         session(model_bytes([name for name in NAMES if name != "B"]))
 
 
@@ -328,10 +275,14 @@ def test_library_shows_only_what_it_means_to():
     assert symbols("--defined-only") == {
         "RegisterCustomOps",
         "vim_cpu_isa",
+        "vim_cpu_isa_at",
+        *(
+            f"vim_{op}_{what}"
+            for op in ("selective_scan", "bi_selective_scan", "bi_causal_conv1d", "add_rms_norm")
+            for what in ("cpu", "cpu_isa", "supports")
+        ),
         "vim_selective_scan_contiguous",
-        "vim_selective_scan_cpu",
-        "vim_selective_scan_cpu_isa",
-        "vim_selective_scan_supports",
+        "vim_bi_selective_scan_contiguous",
     }
 
 
@@ -365,7 +316,17 @@ def test_runs_in_the_oldest_onnxruntime_supported():
     assert seen.startswith("1.21."), seen
     assert Path(seen.split()[1]).is_relative_to(Path(old).resolve())
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "no:xdist",
+            *(Path(__file__).with_name(name) for name in SAME_IN_OLD),
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,78 +1,47 @@
 """The TensorRT plugins without a card: symbols, NVIDIA's own registries, and every question a builder asks.
 
-The libraries are those the package holds, else they are built here with nvcc for one SM. Headers: kernel-lens, or
-TENSORRT_ROOT and TENSORRT8_ROOT.
+The libraries are those the package holds, else they are built with nvcc for one SM (cuda_build.py).
 """
 
 from __future__ import annotations
 
-import fcntl
-import importlib
 import importlib.util
-import os
-import shutil
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from cuda_build import cuda_build
+
+from vimdeploy.export import schema
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = ROOT / "vimdeploy" / "_lib"
-BUILD = ROOT / "build" / "test-trt"
 
-PROJECT = f"""
-cmake_minimum_required(VERSION 3.18)
-project(trt LANGUAGES CXX CUDA)
-add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror>")
-add_subdirectory({ROOT}/kernels/cuda kernels)
-add_subdirectory({ROOT}/plugins/tensorrt plugins)
-"""
-
-
-def _headers() -> Path | None:
-    """TensorRT 10's, as plugins/tensorrt/CMakeLists.txt finds them."""
-    if "TENSORRT_ROOT" in os.environ:
-        root = Path(os.environ["TENSORRT_ROOT"])
-        return next((p for p in (root, root / "include") if (p / "NvInferRuntime.h").exists()), None)
-    spec = importlib.util.find_spec("kernel_lens")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return Path(spec.submodule_search_locations[0]) / "include" / "tensorrt"
-
-
-def _cuda_include() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        return None
-    text = subprocess.run([nvcc, "-v", "x"], capture_output=True, text=True, check=False).stderr
-    top = next((line.split("=", 1)[1] for line in text.splitlines() if line.startswith("#$ TOP=")), None)
-    return Path(top) / "include" if top else None
+#: op -> its attributes, which are the creator's fields
+OPS = {
+    "SelectiveScan": ["delta_softplus", "reverse"],
+    "BiSelectiveScan": ["delta_softplus"],
+    "BiCausalConv1d": [],
+    "AddRMSNorm": ["epsilon"],
+}
 
 
 @pytest.fixture(scope="module")
-def libraries() -> dict[str, Path]:
-    """Paths of what there is, by target name."""
+def built() -> Path:
+    return cuda_build()
+
+
+@pytest.fixture(scope="module")
+def libraries(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Paths of what there is, by target name: the package's own, else what is built here."""
     names = ("vimdeploy_trt", "vimdeploy_trt8")
     found = {name: INSTALLED / f"lib{name}.so" for name in names}
     if all(path.exists() for path in found.values()):
         return found
-    if shutil.which("nvcc") is None or shutil.which("cmake") is None:
-        pytest.skip("no TensorRT plugin in the package, and no nvcc and cmake to build one")
-    if _headers() is None:
-        pytest.skip("no TensorRT headers: pip install --no-deps kernel-lens, or set TENSORRT_ROOT")
-    BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:  # two test workers, one build
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        (BUILD / "CMakeLists.txt").write_text(PROJECT)
-        configure = ["cmake", "-S", str(BUILD), "-B", str(BUILD / "b"), "-DCMAKE_BUILD_TYPE=Release"]
-        configure += ["-DVIMDEPLOY_CUDA_ARCHITECTURES=90-real", f"-DCMAKE_CUDA_COMPILER={shutil.which('nvcc')}"]
-        configure += [f"-DTENSORRT_ROOT={_headers()}", f"-DPython3_EXECUTABLE={sys.executable}"]
-        for command in (configure, ["cmake", "--build", str(BUILD / "b")]):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    built = {name: BUILD / "b" / "plugins" / f"lib{name}.so" for name in names}
-    return {name: path for name, path in built.items() if path.exists()}
+    folder = request.getfixturevalue("built")
+    return {name: path for name in names if (path := folder / f"lib{name}.so").exists()}
 
 
 @pytest.fixture(scope="module")
@@ -109,53 +78,52 @@ def test_tensorrt_8_adapter_exports_nothing(libraries: dict[str, Path]) -> None:
 
 # In a process of its own: a registry is one for a process, and TensorRT without a card writes to stderr.
 _REGISTRY = """
-import importlib, sys
+import importlib, json, sys
 import numpy as np
 trt = importlib.import_module(sys.argv[1])
+ops = json.loads(sys.argv[3])
 registry = trt.get_plugin_registry()
 assert registry.load_library(sys.argv[2]) is not None, "load_library refused it"
-creator = registry.get_creator("SelectiveScan", "1", "vim")
-assert creator is not None, "no creator in namespace vim"
-assert registry.get_creator("SelectiveScan", "1", "") is None, "also in the empty namespace"
-print(creator.name, creator.plugin_version, creator.plugin_namespace, [f.name for f in creator.field_names])
 def field(name, value):
+    if name == "epsilon":
+        return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)
     return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
-for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
-    fields = trt.PluginFieldCollection([field("delta_softplus", 0), field("reverse", 1)])
-    plugin = creator.create_plugin("scan", fields, phase)
-    runtime = plugin.get_capability_interface(trt.PluginCapabilityType.RUNTIME)
-    assert plugin is not None and runtime is not None
-assert creator.create_plugin("scan", trt.PluginFieldCollection([field("reverse", 7)]), trt.TensorRTPhase.BUILD) is None
-print(trt.__version__)
+for op, attributes in ops.items():
+    creator = registry.get_creator(op, "1", "vim")
+    assert creator is not None, f"no creator of {op} in namespace vim"
+    assert registry.get_creator(op, "1", "") is None, f"{op} also in the empty namespace"
+    assert (creator.name, creator.plugin_version, creator.plugin_namespace) == (op, "1", "vim")
+    assert [f.name for f in creator.field_names] == attributes, [f.name for f in creator.field_names]
+    for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
+        plugin = creator.create_plugin("layer", trt.PluginFieldCollection([field(a, 1) for a in attributes]), phase)
+        assert plugin is not None, op
+        assert plugin.get_capability_interface(trt.PluginCapabilityType.RUNTIME) is not None, op
+    wrong = trt.PluginFieldCollection([field("reverse", 7)])
+    assert creator.create_plugin("layer", wrong, trt.TensorRTPhase.BUILD) is None, op
 """
 
 
 @pytest.mark.parametrize("module", ["tensorrt_lean_bindings", "tensorrt_rtx_bindings"])
-def test_loads_in_nvidias_registry(module: str, plugin: Path) -> None:
+def test_every_op_is_in_nvidias_registry(module: str, plugin: Path) -> None:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"{module} is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", _REGISTRY, module, str(plugin)], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", _REGISTRY, module, str(plugin), json.dumps(OPS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "SelectiveScan 1 vim ['delta_softplus', 'reverse']" in done.stdout
-    assert "attribute reverse is 7; it must be 0 or 1" in done.stderr
+    assert "vim::SelectiveScan 'layer': attribute reverse is 7; it must be 0 or 1" in done.stderr
+    assert "vim::AddRMSNorm 'layer': there is no attribute 'reverse'; there are epsilon" in done.stderr
+    assert "vim::BiCausalConv1d 'layer': there is no attribute 'reverse'; this op has none" in done.stderr
 
 
-def test_answers_as_a_builder_asks(plugin: Path, tmp_path: Path) -> None:
-    """tests/gpu/trt_plugin_host.cc: types, formats, shapes, fields, clones and the words of each refusal."""
-    headers, cuda = _headers(), _cuda_include()
-    if headers is None or cuda is None:
-        pytest.skip("no TensorRT or CUDA headers to compile the host with")
-    host = tmp_path / "host"
-    sources = ["tests/gpu/trt_plugin_host.cc", "kernels/common/selective_scan_desc.cc"]
-    sources += ["kernels/cpu/selective_scan.cc", "kernels/cpu/selective_scan_baseline.cc"]
-    library = next(cuda.parent.glob("**/libcudart_static.a"))
-    command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wno-deprecated-declarations", "-I", str(ROOT / "kernels")]
-    command += ["-I", str(ROOT / "kernels" / "include"), "-isystem", str(headers), "-isystem", str(cuda)]
-    command += [str(ROOT / source) for source in sources] + [str(library), "-ldl", "-lrt", "-lpthread", "-o", str(host)]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert built.returncode == 0, built.stderr
-    done = subprocess.run([str(host), str(plugin)], capture_output=True, text=True, check=False)
+def test_the_plugins_are_those_of_the_schema() -> None:
+    assert {name: list(op.attributes) for name, op in schema.OPS.items()} == OPS
+
+
+@pytest.mark.parametrize("host,library", [("trt_plugin_host", "vimdeploy_trt"), ("trt8_plugin_host", "vimdeploy_trt8")])
+def test_answers_as_a_builder_asks(host: str, library: str, built: Path, libraries: dict[str, Path]) -> None:
+    """tests/gpu/trt_plugin_host.cc: types, formats, shapes, fields, clones and the words of refusals, for every op."""
+    if not (built / host).exists() or library not in libraries:
+        pytest.skip("no headers of TensorRT 8.5: set TENSORRT8_ROOT")
+    done = subprocess.run([str(built / host), str(libraries[library])], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "32 checks, 0 failed" in done.stdout
+    assert "89 checks, 0 failed" in done.stdout

@@ -6,29 +6,42 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import pytest
 from onnx import numpy_helper
 from zoo import BASE, exported, images_for
 
 from vimdeploy.verify.overflow import explain, first_nonfinite
 
 
-def write(path: Path, factor: float) -> Path:
+def write(path: Path, factor: float, fusion: str = "none") -> Path:
     """A Vim whose second layer's in_proj is `factor` times as large."""
-    model = exported(BASE)
+    model = exported(BASE, fusion=fusion)
     (weight,) = [t for t in model.graph.initializer if t.name == "layers.1.mixer.in_proj.weight.T"]
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(factor), weight.name))
     onnx.save(model, str(path))
     return path
 
 
-def test_the_layer_is_named(tmp_path: Path) -> None:
-    found = first_nonfinite(write(tmp_path / "m.onnx", 3e4), "fp16", images_for(BASE, 1))
+@pytest.mark.parametrize("fusion", ["none", "full"])
+def test_the_layer_is_named(tmp_path: Path, fusion: str) -> None:
+    found = first_nonfinite(write(tmp_path / "m.onnx", 3e4, fusion), "fp16", images_for(BASE, 1))
     assert found is not None and found.startswith("Inf first in layers.1.mixer.in_proj/MatMul (MatMul)")
 
 
-def test_a_sound_model_has_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fusion", ["none", "full"])
+def test_a_sound_model_has_none(tmp_path: Path, fusion: str) -> None:
     for precision in ("fp32", "fp16"):
-        assert first_nonfinite(write(tmp_path / "m.onnx", 1), precision, images_for(BASE, 1)) is None
+        assert first_nonfinite(write(tmp_path / "m.onnx", 1, fusion), precision, images_for(BASE, 1)) is None
+
+
+def test_every_output_of_a_node_is_looked_at(tmp_path: Path) -> None:
+    """The second of a fused convolution, whose weights alone are at fault."""
+    model = exported(BASE, fusion="full")
+    (bias,) = [t for t in model.graph.initializer if t.name == "layers.1.mixer.conv1d_b.bias"]
+    bias.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(bias) + np.float32(1e5), bias.name))
+    onnx.save(model, str(tmp_path / "m.onnx"))
+    found = first_nonfinite(tmp_path / "m.onnx", "fp16", images_for(BASE, 1))
+    assert found is not None and found.startswith("Inf first in layers.1.mixer/BiCausalConv1d (BiCausalConv1d)")
 
 
 def test_the_bad_image_is_looked_at(tmp_path: Path) -> None:

@@ -24,10 +24,11 @@ import vimdeploy
 from vimdeploy.bundle import read_info
 from vimdeploy.cli.main import cli
 from vimdeploy.errors import ImageError, ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.export import schema
 from vimdeploy.export.exporter import ExportOptions, export_checkpoint
+from vimdeploy.models.loading import load_exported
 from vimdeploy.runtimes import library
 from vimdeploy.verify.parity import ParityReport, parity
-from vimdeploy.verify.reference import load_reference
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 BODY, LIBRARY = "onnxruntime-body", "onnxruntime"
@@ -44,7 +45,7 @@ def export(checkpoint: Path) -> Callable[..., Path]:
 
     @functools.cache
     def exported(**options: object) -> Path:
-        name = "-".join(str(v) for v in options.values()) or "plain"
+        name = "-".join(f"{k}={v}" for k, v in options.items()) or "plain"
         settings = ExportOptions(**options)  # type: ignore[arg-type]
         return export_checkpoint(checkpoint, checkpoint.with_name(f"{name}.onnx"), settings).model
 
@@ -75,11 +76,12 @@ def command(*args: object) -> Result:
 # Correct files.
 
 
+@pytest.mark.parametrize("fusion", ["none", "full"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_correct_file_passes_with_library_and_body(
-    precision: str, checkpoint: Path, export: Callable[..., Path], with_library: None
+    precision: str, fusion: str, checkpoint: Path, export: Callable[..., Path], with_library: None
 ) -> None:
-    report = parity(export(precision=precision), checkpoint)
+    report = parity(export(precision=precision, fusion=fusion), checkpoint)
     assert report.passed and not report.skipped and report.summary() == "parity holds"
     kinds = [(row.runtime, row.output, row.images) for row in report.rows]
     assert kinds == [(runtime, "logits", images) for runtime in (LIBRARY, BODY) for images in ("random", "real")]
@@ -113,6 +115,10 @@ def test_low_types_are_held_to_the_measured_error_of_pytorch(
         {"static_batch": 3},
         {"static_batch": 1},
         {"opset": 16},
+        {"fusion": "bidirectional"},
+        {"fusion": "full"},
+        {"fusion": "full", "fallback": "linear-attention", "opset": 16},
+        {"fusion": "full", "output": "features", "static_batch": 1},
     ],
     ids=str,
 )
@@ -286,6 +292,78 @@ FAULTS: tuple[Fault, ...] = (
 )  # fmt: skip
 
 
+# The same, and more, in a fused file.
+
+
+def fused_node(model: onnx.ModelProto, op: str, which: int = 0) -> onnx.NodeProto:
+    return [node for node in model.graph.node if node.op_type == op][which]
+
+
+def swapped(node: onnx.NodeProto, one: str, other: str) -> None:
+    names = schema.OPS[node.op_type].inputs
+    i, j = names.index(one), names.index(other)
+    node.input[i], node.input[j] = node.input[j], node.input[i]
+
+
+def directions_swapped(model: onnx.ModelProto) -> None:
+    scan = fused_node(model, "BiSelectiveScan")
+    for name in ("u", "delta", "x"):
+        swapped(scan, f"{name}_f", f"{name}_b")
+
+
+def rows_of_the_other_direction(model: onnx.ModelProto) -> None:
+    swapped(fused_node(model, "BiSelectiveScan", 1), "x_f", "x_b")
+
+
+def skips_of_the_other_direction(model: onnx.ModelProto) -> None:
+    swapped(fused_node(model, "BiSelectiveScan"), "D_f", "D_b")
+
+
+def fused_softplus_forgotten(model: onnx.ModelProto) -> None:
+    fused_node(model, "BiSelectiveScan").attribute[0].i = 0
+
+
+def the_scans_own_input_is_the_gate(model: onnx.ModelProto) -> None:
+    scan = fused_node(model, "BiSelectiveScan")
+    scan.input[schema.BI_SCAN.inputs.index("z")] = scan.input[0]
+
+
+def fused_taps_reversed(model: onnx.ModelProto) -> None:
+    change(model, fused_node(model, "BiCausalConv1d").input[schema.BI_CONV.inputs.index("weight_b")], lambda w: w[::-1])
+
+
+def fused_epsilon_forgotten(model: onnx.ModelProto) -> None:
+    fused_node(model, "AddRMSNorm").attribute[0].f = 0.1
+
+
+def last_residual(model: onnx.ModelProto) -> onnx.NodeProto:
+    (gather,) = (n for n in model.graph.node if n.op_type == "Gather" and n.input[0] == "layers.1/Add")
+    return gather
+
+
+def residual_of_a_layer_before(model: onnx.ModelProto) -> None:
+    last_residual(model).input[0] = fused_node(model, "AddRMSNorm", 0).input[1]
+
+
+def fused_token_is_the_next(model: onnx.ModelProto) -> None:
+    """Of the residual only: the two Gathers no longer agree."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array(9), "next"))
+    last_residual(model).input[1] = "next"
+
+
+def fused_body_runs_forward_twice(model: onnx.ModelProto) -> None:
+    (body,) = (f for f in model.functions if f.name == "BiSelectiveScan")
+    for attribute in (a for node in body.node for a in node.attribute if a.name == "reverse"):
+        attribute.i = 0
+
+
+FUSED_FAULTS: tuple[Fault, ...] = (
+    directions_swapped, rows_of_the_other_direction, skips_of_the_other_direction, fused_softplus_forgotten,
+    the_scans_own_input_is_the_gate, fused_taps_reversed, fused_epsilon_forgotten, residual_of_a_layer_before,
+    fused_token_is_the_next, fused_body_runs_forward_twice,
+)  # fmt: skip
+
+
 def damaged(source: Path, target: Path, fault: Fault) -> Path:
     model = onnx.load(source)
     fault(model)
@@ -297,10 +375,18 @@ def damaged(source: Path, target: Path, fault: Fault) -> Path:
 def test_a_fault_is_found_in_fp32(
     fault: Fault, checkpoint: Path, export: Callable[..., Path], tmp_path: Path, no_library: None
 ) -> None:
-    bad = damaged(export(), tmp_path / "bad.onnx", fault)
+    bad = damaged(export(fusion="none"), tmp_path / "bad.onnx", fault)
     result = command(checkpoint, bad, "--samples", 2)
     assert result.exit_code == 1, result.output
     assert "FAIL" in result.stdout
+
+
+@pytest.mark.parametrize("fault", FUSED_FAULTS, ids=lambda f: f.__name__)
+def test_a_fault_is_found_in_a_fused_file(
+    fault: Fault, checkpoint: Path, export: Callable[..., Path], tmp_path: Path
+) -> None:
+    bad = damaged(export(fusion="full"), tmp_path / "bad.onnx", fault)
+    assert not in_body(bad, checkpoint).passed
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
@@ -313,7 +399,7 @@ def test_a_fault_is_found_in_fp32(
 def test_a_fault_is_found_in_low_types(
     fault: Fault, precision: str, checkpoint: Path, export: Callable[..., Path], tmp_path: Path
 ) -> None:
-    bad = damaged(export(precision=precision), tmp_path / "bad.onnx", fault)
+    bad = damaged(export(precision=precision, fusion="none"), tmp_path / "bad.onnx", fault)
     assert not in_body(bad, checkpoint).passed
 
 
@@ -321,7 +407,7 @@ def test_a_fault_is_found_in_low_types(
 def test_a_fault_is_found_with_the_library(
     fault: Fault, checkpoint: Path, export: Callable[..., Path], tmp_path: Path, with_library: None
 ) -> None:
-    bad = damaged(export(), tmp_path / "bad.onnx", fault)
+    bad = damaged(export(fusion="none"), tmp_path / "bad.onnx", fault)
     assert not parity(bad, checkpoint, runtimes=(LIBRARY,), samples_each=2).passed
 
 
@@ -343,7 +429,7 @@ def body_without_reverse(model: onnx.ModelProto) -> None:
 def test_a_wrong_body_is_found_though_the_library_hides_it(
     fault: Fault, checkpoint: Path, export: Callable[..., Path], tmp_path: Path, with_library: None
 ) -> None:
-    bad = damaged(export(), tmp_path / "bad.onnx", fault)
+    bad = damaged(export(fusion="none"), tmp_path / "bad.onnx", fault)
     report = parity(bad, checkpoint, samples_each=2)
     assert [row.passed for row in report.rows] == [True, True, False, False]
     assert not report.passed and "function body" in report.summary()
@@ -501,7 +587,7 @@ def test_a_runtime_too_old_for_linear_attention_says_so(checkpoint: Path, export
 def test_an_unknown_runtime_is_refused_with_the_names(checkpoint: Path, export: Callable[..., Path]) -> None:
     with pytest.raises(UsageError, match="tensorflow") as caught:
         parity(export(), checkpoint, runtimes=("tensorflow",))
-    assert caught.value.hint == f"runtimes: {LIBRARY}, {BODY}, tensorrt"
+    assert caught.value.hint == f"runtimes: {LIBRARY}, {BODY}, onnxruntime-cuda, torch-cuda, tensorrt"
 
 
 @pytest.mark.parametrize("content", ["missing", "empty", "no image"])
@@ -518,5 +604,5 @@ def test_images_that_are_none(content: str, checkpoint: Path, export: Callable[.
 
 def test_the_reference_is_not_frozen_by_being_compared(checkpoint: Path, export: Callable[..., Path]) -> None:
     """The exporter folds constants; the reference is what the checkpoint says, read anew."""
-    model = load_reference(read_info(export()), export(), checkpoint)
+    model = load_exported(read_info(export()), export(), checkpoint)
     assert hasattr(model.layers[0].mixer, "A_log") and not hasattr(model.layers[0].mixer, "A")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
+from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.progress import TaskID
 
@@ -32,7 +34,21 @@ _BATCH = click.IntRange(min=1)
     "--fp16", is_flag=True, help="Type the graph to fp16; norms, residual stream and the scan's inside stay fp32."
 )
 @click.option("--bf16", is_flag=True, help="The same in bf16 (TensorRT 10 and later).")
-@click.option("--int8", is_flag=True, help="Not in this version: needs a calibrated file.")
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Linear layers in int8, the rest in fp16 (or --bf16). Quantizes the model first where it is not.",
+)
+@click.option(
+    "--calib",
+    metavar="FOLDER|SET|FILE",
+    help="What to quantize on, as of `vimdeploy quantize`.  [default: model.int8.onnx beside the model, as it is]",
+)
+@click.option(
+    "--fusion",
+    type=click.Choice(["none", "bidirectional", "full"]),
+    help="Which ops the graph is written with.  [default: full; what the file has where no plugin is taken]",
+)
 @click.option("--tf32/--no-tf32", default=False, show_default=True, help="Let fp32 matrix products round to 10 bits.")
 @click.option("--min-batch", type=_BATCH, help="Smallest batch the engine takes.  [default: 1]")
 @click.option("--opt-batch", type=_BATCH, help="Batch it is tuned for.  [default: 8]")
@@ -57,6 +73,8 @@ def command(
     fp16: bool,
     bf16: bool,
     int8: bool,
+    calib: str | None,
+    fusion: str | None,
     tf32: bool,
     min_batch: int | None,
     opt_batch: int | None,
@@ -77,14 +95,17 @@ def command(
     \b
     vimdeploy build-engine --fp16
     vimdeploy build-engine ckpt.vim --fp16 --max-batch 128 --timing-cache ckpt.vim/timing.cache
+    vimdeploy build-engine ckpt.vim --int8 --calib imagenet/train-256
     """
-    if int8:
-        raise UsageError("--int8 needs calibration: vimdeploy quantize (not in this version)", hint="build with --fp16")
+    if calib is not None and not int8:
+        raise UsageError("--calib is for --int8", hint="add --int8, or leave out --calib")
     if fp16 and bf16:
         raise UsageError("--fp16 and --bf16 exclude each other", hint="choose one")
     options = BuildOptions(
         runtime=runtime,
         precision="fp16" if fp16 else "bf16" if bf16 else None,
+        int8=int8,
+        fusion=fusion,
         tf32=tf32,
         min_batch=min_batch,
         opt_batch=opt_batch,
@@ -98,6 +119,8 @@ def command(
     artifact = resolve_artifact(model)
     if artifact.suffix == ".plan":
         raise UsageError(f"{artifact} is an engine already", hint="name the .vim folder or the .onnx file it came from")
+    if int8:
+        artifact = _int8_file(artifact, calib)
     with _showing() as progress:
         result = build_engine(artifact, out, options, progress=progress)
     if as_json:
@@ -112,6 +135,39 @@ def command(
         )
         return
     _print(result)
+
+
+def _int8_file(artifact: Path, calib: str | None) -> Path:
+    """The quantized file of `artifact`: itself, the one beside it, or one made now."""
+    from vimdeploy.bundle import read_info, sha256_of
+
+    info = read_info(artifact)
+    if info.quantization:
+        if calib is not None:
+            raise UsageError(f"{artifact} is int8 already", hint="leave out --calib, or name the fp32 file")
+        return artifact
+    beside = artifact.with_name(f"{artifact.stem}.int8.onnx")
+    if calib is None:
+        if not beside.is_file():
+            raise UsageError(f"{artifact} is not quantized yet", hint="say on which images: --calib FOLDER")
+        if read_info(beside).quantization.get("source_sha256") != sha256_of(artifact):
+            raise UsageError(
+                f"{beside} was made of another {artifact.name}", hint="quantize anew, on images: --calib FOLDER"
+            )
+        return beside
+    from vimdeploy.cli.quantize import showing
+    from vimdeploy.quantize.recipe import QuantizeOptions, quantize_model
+
+    with showing() as tell:
+        made = quantize_model(artifact, None, QuantizeOptions(calib), tell=tell)
+    for notice in made.notices:
+        render.err().print(escape(notice), soft_wrap=True)
+    accuracy = made.report["accuracy"]
+    render.err().print(
+        f"Quantized to {escape(render.shown(made.path))}" + (f": {accuracy['text']}" if accuracy else ""),
+        soft_wrap=True,
+    )
+    return made.path
 
 
 def _print(result: BuildResult) -> None:
@@ -134,9 +190,10 @@ def _print(result: BuildResult) -> None:
                 ("input", str(sidecar.profile)),
                 (
                     "precision",
-                    f"{found['asked']}, seen in the {found['source']}: projections {seen}{hidden}; norms {kept}",
+                    f"{_asked(found)}, seen in the {found['source']}: projections {seen}{hidden}; norms {kept}",
                 ),
                 ("plugin", plugin),
+                ("fusion", str(sidecar.build.get("fusion", "none"))),
                 ("build", f"{result.seconds:.1f} s{timings}"),
                 ("plan", f"{result.plan_bytes / 1e6:.1f} MB"),
             ]
@@ -144,6 +201,10 @@ def _print(result: BuildResult) -> None:
     )
     console.print(f"\nWrote [bold]{render.shown(result.plan)}[/bold] and {result.plan.name}.json. Next:")
     console.print("  vimdeploy verify parity" + ("" if result.plan.parent.suffix == ".vim" else f" {result.plan}"))
+
+
+def _asked(found: Mapping[str, Any]) -> str:
+    return f"int8, the rest {found['rest']}" if found["asked"] == "int8" else str(found["asked"])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -19,6 +20,12 @@ from vimdeploy.runtimes import RUNTIMES, open_session
 @click.option("--batch-size", default=32, show_default=True, type=click.IntRange(min=1), help="Images per run.")
 @click.option("--limit", type=click.IntRange(min=1), help="Take this many images, spread evenly over the folder.")
 @click.option("--min-top1", type=click.FloatRange(0, 100), metavar="PERCENT", help="Exit with 1 when top-1 is below.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path),
+    metavar="ARTIFACT",
+    help="Compare with another file of the model on the same images: the fp32 file an int8 one was made of.",
+)
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="What runs it.  [default: what the file is made for]")
 @click.option("--plugin", type=click.Path(path_type=Path), help="A plan's plugin library.  [default: as built]")
 @click.option("--no-library", is_flag=True, help="Run the function body in the file, without vimdeploy's op library.")
@@ -28,6 +35,7 @@ def command(
     batch_size: int,
     limit: int | None,
     min_top1: float | None,
+    against: Path | None,
     runtime: str | None,
     plugin: Path | None,
     no_library: bool,
@@ -42,6 +50,7 @@ def command(
     \b
     vimdeploy eval ckpt.vim imagenet/val
     vimdeploy eval ckpt.vim imagenet/val --limit 1000 --min-top1 75
+    vimdeploy eval ckpt.vim/model.int8.onnx imagenet/val --against ckpt.vim
     """
     from vimdeploy.evaluate import evaluate
 
@@ -52,8 +61,16 @@ def command(
         raise UsageError(f"--min-top1 is in percent: {min_top1:g} is nearly nothing", hint=f"write {100 * min_top1:g}")
     model = resolve_artifact(paths[0] if len(paths) == 2 else None, plan=runtime == "tensorrt")
     folder = ImageFolder(paths[-1])
-    with open_session(model, runtime=runtime, library="off" if no_library else "auto", plugin=plugin) as session:
-        for notice in (session.notice, *folder.notices):
+    library = "off" if no_library else "auto"
+    with contextlib.ExitStack() as stack:
+        session = stack.enter_context(open_session(model, runtime=runtime, library=library, plugin=plugin))
+        other = None
+        if against is not None:
+            reference = resolve_artifact(against)
+            other = stack.enter_context(
+                open_session(reference, library="auto" if reference.suffix == ".plan" else library)
+            )
+        for notice in (session.notice, other and other.notice, *folder.notices):
             if notice:
                 render.err().print(escape(notice), soft_wrap=True)
         with render.progress() as progress:
@@ -64,6 +81,7 @@ def command(
                 batch_size=batch_size,
                 limit=limit,
                 progress=lambda done, total: progress.update(task, completed=done, total=total),
+                against=other,
             )
         notice = session.notice
     if as_json:
@@ -84,6 +102,8 @@ def command(
             ("runtime", escape(result.runtime)),
             ("model", escape(str(model))),
         ]
+        if result.against is not None:
+            rows.append((f"against {escape(str(against))}", result.against.text()))
         summary = render.table(("", ""), rows)
         summary.show_header = False
         render.out().print(summary)

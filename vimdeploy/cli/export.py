@@ -57,6 +57,13 @@ from vimdeploy.errors import UsageError
     help="What the file carries for runtimes without vimdeploy's library.",
 )
 @click.option(
+    "--fusion",
+    type=click.Choice(["none", "bidirectional", "full"]),
+    default="full",
+    show_default=True,
+    help="Which ops the graph is written with: one scan a direction; both directions in one; convolution and norm too.",
+)
+@click.option(
     "--output",
     type=click.Choice(["logits", "features", "tokens"]),
     default="logits",
@@ -108,7 +115,7 @@ def command(
         render.emit_json({
             "path": str(result.path), "model": str(result.model), "variant": result.info.variant,
             "config": result.info.config.to_dict(), "precision": result.info.precision, "opset": result.opset,
-            "nodes": result.nodes, "scans": result.scans, "file_bytes": result.file_bytes,
+            "fusion": result.info.fusion, "nodes": result.nodes, "ops": result.ops, "file_bytes": result.file_bytes,
             "weight_bytes": result.weight_bytes, "seconds": round(result.seconds, 2),
             "parity": report.to_dict() if report else None,
         })  # fmt: skip
@@ -122,8 +129,9 @@ def command(
         ("model", f"{result.info.variant}, {result.info.weights} weights"),
         ("input", f"images ({batch}, {config.in_chans}, {height}, {width}) fp32, {config.seq_len} tokens"),
         ("output", result.info.output),
-        ("graph", f"{result.nodes} nodes, {result.scans} vim::SelectiveScan, opset {result.opset}, "
-                  f"{result.info.precision}, fallback {result.info.fallback}"),
+        ("graph", f"{result.nodes} nodes, opset {result.opset}, {result.info.precision}, fusion {result.info.fusion}, "
+                  f"fallback {result.info.fallback}"),
+        ("operators", ", ".join(f"{count} vim::{name}" for name, count in result.ops.items())),
         ("file", f"{result.file_bytes / 1e6:.1f} MB, the weights and {over:.1%}; exported in {result.seconds:.1f} s"),
     ]  # fmt: skip
     out_.print(render.facts(facts))

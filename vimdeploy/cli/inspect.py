@@ -1,4 +1,4 @@
-"""`vimdeploy inspect`: what a checkpoint holds, and what to do with it."""
+"""`vimdeploy inspect`: what a checkpoint holds, and what to do with it; of an exported file, inspect_model.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from vimdeploy.cli import render
+from vimdeploy.cli import inspect_model, render
 from vimdeploy.cli.slim import mb
+from vimdeploy.errors import UsageError
 
 _DIRECTIONS = {
     "none": "forward only (bimamba none)",
@@ -24,21 +25,28 @@ _ARGS = ("model", "input_size", "data_set", "nb_classes", "epochs", "finetune", 
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("file", type=click.Path(path_type=Path))
 @click.option("--variant", help="What the file cannot tell: a name, settings such as stride=8,cls=middle, or both.")
 @render.json_option
-def command(checkpoint: Path, variant: str | None, as_json: bool) -> None:
-    """Say what a checkpoint holds: which model, which weight sets, and what could be dropped.
+def command(file: Path, variant: str | None, as_json: bool) -> None:
+    """Say what FILE holds. Of a checkpoint: which model, which weight sets, and what could be dropped. Of an exported
+    file: what it computes, and with which operators.
 
     \b
     vimdeploy inspect ckpt.pth
     vimdeploy inspect bare.pth --variant tiny+
+    vimdeploy inspect ckpt.vim
     """
+    exported = inspect_model.is_model(file)
+    if exported and variant:
+        raise UsageError(f"{file} says itself which model it is", hint="leave out --variant")
     with render.steps() as step:
-        step("reading the checkpoint")
-        report = describe(checkpoint, variant)
+        step("reading the file")
+        report = inspect_model.describe_model(file) if exported else describe(file, variant)
     if as_json:
         render.emit_json(report)
+    elif exported:
+        inspect_model.show(report)
     else:
         _show(report, variant)
 

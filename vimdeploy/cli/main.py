@@ -15,17 +15,25 @@ from vimdeploy.errors import RuntimeMissing, VimDeployError
 
 # command -> (module, what it says in the list of commands)
 COMMANDS = {
-    "inspect": ("vimdeploy.cli.inspect", "Say what a checkpoint holds."),
+    "inspect": ("vimdeploy.cli.inspect", "Say what a checkpoint or an exported file holds."),
     "slim": ("vimdeploy.cli.slim", "Drop the spare copies of the weights; write safetensors."),
     "export": ("vimdeploy.cli.export", "Turn a checkpoint into a verified ONNX file."),
+    "quantize": ("vimdeploy.cli.quantize", "Make an int8 file, its accuracy measured."),
     "build-engine": ("vimdeploy.cli.build_engine", "Build a TensorRT engine for the card in this host."),
     "verify": ("vimdeploy.cli.verify", "Check an artifact against the PyTorch reference."),
     "run": ("vimdeploy.cli.run", "Classify images."),
     "eval": ("vimdeploy.cli.eval", "Measure accuracy over a folder of images."),
+    "bench": ("vimdeploy.cli.bench", "Measure latency, throughput, memory and energy."),
 }
 
 # what some commands import -> the extra that brings it
-EXTRAS = {"torch": "torch", "safetensors": "torch", "onnxruntime": "onnxruntime", "tensorrt": "tensorrt"}
+EXTRAS = {
+    "torch": "torch",
+    "safetensors": "torch",
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "tensorrt",
+    "timm": "bench",
+}
 
 
 class _Refusal(click.ClickException):

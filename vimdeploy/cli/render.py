@@ -91,8 +91,10 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Table:
 
 
 def _where(row: Row) -> str:
-    """A plan by its name, since there may be several; the ONNX file by what runs it."""
-    return row.file if row.runtime == "tensorrt" else row.runtime
+    """A plan by its name, since there may be several; an int8 file by name and what runs it; the ONNX file by that."""
+    if row.runtime == "tensorrt":
+        return row.file
+    return f"{row.file}, {row.runtime}" if row.precision == "int8" else row.runtime
 
 
 def parity(report: ParityReport) -> None:
@@ -118,6 +120,9 @@ def parity(report: ParityReport) -> None:
     ]
     right = ("max abs", "rel rms", "cosine", "top-1")
     console.print(table(("", "runtime", "images", "output", *right), rows, right=right))
+    for row in report.rows:
+        if row.precision == "int8":
+            console.print(f"{_where(row)}: SQNR {row.errors.sqnr_db:.1f} dB on {row.images} images", style="dim")
     for runtime, text in dict.fromkeys((_where(row), row.description) for row in report.rows):
         console.print(f"{runtime}: {text}", style="dim")
     for limit in dict.fromkeys(row.tolerance for row in report.rows):

@@ -22,8 +22,9 @@ def command() -> None:
     "runtimes",
     multiple=True,
     metavar="NAME",
-    help="Compare in this runtime only, and fail when it is not there: onnxruntime (with vimdeploy's "
-    "library), onnxruntime-body (without), tensorrt (the plans). May be repeated.  [default: every one found]",
+    help="Compare in this runtime only, and fail when it is not there: onnxruntime (with vimdeploy's library), "
+    "onnxruntime-body (without), onnxruntime-cuda, torch-cuda (vimdeploy's kernels in PyTorch), tensorrt (the plans). "
+    "May be repeated.  [default: every one found, but for torch-cuda]",
 )
 @click.option(
     "--images", type=click.Path(path_type=Path), help="Folder of real images.  [default: photographs that come along]"
@@ -57,8 +58,8 @@ def parity_command(
 ) -> None:
     """Compare ARTIFACT's outputs with the network of CHECKPOINT.
 
-    ARTIFACT is a .vim folder (its ONNX file and every plan in it), an ONNX file or a plan, by default the one .vim
-    folder here; CHECKPOINT is by default the one the artifact was exported from. Exits 1 when they differ.
+    ARTIFACT is a .vim folder (its ONNX file, every plan and every int8 file in it), an ONNX file or a plan, by default
+    the one .vim folder here; CHECKPOINT is by default the one the artifact was exported from. Exits 1 when they differ.
 
     \b
     vimdeploy verify parity
@@ -66,7 +67,7 @@ def parity_command(
     vimdeploy verify parity ckpt.vim --save-reference ref.npz   # where PyTorch is
     vimdeploy verify parity ckpt.vim --reference ref.npz        # where TensorRT is
     """  # fmt: skip
-    from vimdeploy.bundle import checkpoint_of, plans_in, resolve_artifact
+    from vimdeploy.bundle import checkpoint_of, plans_in, quantized_in, resolve_artifact
 
     artifacts = [path for path in paths if path.suffix in (".vim", ".onnx", ".plan") or path.is_dir()]
     checkpoints = [path for path in paths if path not in artifacts]
@@ -94,6 +95,7 @@ def parity_command(
             name=render.shown(artifact.parent if artifact.parent.suffix == ".vim" else artifact),
             step=step,
             plans=tuple(plans_in(artifact.parent)) if whole else (),
+            quantized=tuple(quantized_in(artifact.parent)) if whole else (),
             plugin=plugin,
             reference=reference,
             save_reference=save_reference,

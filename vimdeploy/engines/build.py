@@ -26,6 +26,7 @@ from vimdeploy.engines.prepare import Prepared, prepare
 from vimdeploy.engines.profile import Profile
 from vimdeploy.engines.sidecar import Sidecar, sidecar_path
 from vimdeploy.errors import EngineError, ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.passes.fuse import FUSIONS
 from vimdeploy.runtimes import cuda
 
 
@@ -53,12 +54,15 @@ class Progress:
 class BuildOptions:
     """What `vimdeploy build-engine` can be told; see its `--help`. None leaves a choice to the builder.
 
-    `precision` None keeps the file's own types. `tf32` lets fp32 products of tensors be rounded to 10 bits.
-    `workspace` in bytes.
+    `precision` None keeps the file's own types. `int8` wants a quantized file, whose other layers then are fp16 unless
+    `precision` says otherwise; without it they stay as they are. `fusion` None fuses as far as can be. `tf32` lets fp32
+    products of tensors be rounded to 10 bits. `workspace` in bytes.
     """
 
     runtime: str = TENSORRT
     precision: str | None = None
+    int8: bool = False
+    fusion: str | None = None
     tf32: bool = False
     min_batch: int | None = None
     opt_batch: int | None = None
@@ -100,11 +104,13 @@ def build_engine(
     device = None if options.runtime != TENSORRT else _device(options.device)
     module, can = import_runtime(options.runtime)
     _check(options, can)
-    out = _target(model, out, options.precision or info.precision)
+    precision = options.precision or ("fp16" if options.int8 else None)
+    _check_int8(model, info, options)
+    out = _target(model, out, info.kind if info.quantization else precision or info.precision)
     plugin = None if can.plugins == "none" else plugin_path(can, options.plugin)
     progress.step("typing the graph")
     fixed = options.max_batch if options.min_batch == options.max_batch else None
-    prepared = prepare(model, info, options.precision, can, fixed)
+    prepared = prepare(model, info, precision, can, fixed, options.fusion)
     profile = Profile.of(
         prepared.input,
         prepared.shape,
@@ -139,14 +145,15 @@ def build_engine(
     if data is None:
         raise _of_build(logger, can, options)
     plan = bytes(data)
+    if options.timing_cache is not None:
+        _save_cache(config, options.timing_cache)
     progress.step("checking the engine's precision")
     if can.needs_gpu:
-        layers, source = inspect.engine_layers(module, _deserialize(module, can, logger, plan)), "inspector"
+        engine = _deserialize(module, can, logger, plan)
+        layers, source = inspect.engine_layers(module, engine, profile.input, profile.opt), "inspector"
     else:
         layers, source = inspect.network_layers(network), "network"
     found = inspect.prove(layers, prepared.wanted, source)
-    if options.timing_cache is not None:
-        _save_cache(config, options.timing_cache)
     sidecar = Sidecar(
         plan={"file": out.name, "sha256": _sha256(plan), "bytes": len(plan)},
         runtime={"name": can.runtime, "version": can.version},
@@ -161,6 +168,7 @@ def build_engine(
             "seconds": round(seconds, 3),
             "timing_cache": cache_facts,
             "workspace_bytes": options.workspace,
+            "fusion": prepared.fusion,
             "vimdeploy": vimdeploy.__version__,
         },
         info=info,
@@ -191,7 +199,8 @@ def make_logger(module: Any) -> Any:
 def constrain(module: Any, network: Any, types: dict[str, str]) -> None:
     """Give each layer that makes a typed value that value's type, where the builder would choose by itself.
 
-    Constants keep their own type; a plugin layer only has its output typed, since some of its inputs stay fp32.
+    Constants keep their own type; a plugin layer only has its output typed, since some of its inputs stay fp32. What
+    leaves the network keeps the type it leaves in.
     """
     kinds = {"fp32": module.DataType.FLOAT, "fp16": module.DataType.HALF}
     free = {module.LayerType.CONSTANT, module.LayerType.SHAPE}
@@ -204,7 +213,8 @@ def constrain(module: Any, network: Any, types: dict[str, str]) -> None:
             kind = kinds.get(types.get(layer.get_output(j).name, ""))
             if kind is None:
                 continue
-            layer.set_output_type(j, kind)
+            if kind == module.DataType.FLOAT or not layer.get_output(j).is_network_output:
+                layer.set_output_type(j, kind)
             if layer.type not in plugins and not _is_cast(module, layer):
                 layer.precision = kind
 
@@ -226,6 +236,8 @@ def _device(index: int) -> cuda.Device:
 def _check(options: BuildOptions, can: Capabilities) -> None:
     if options.precision not in (None, "fp32", "fp16", "bf16"):
         raise UsageError(f"precision {options.precision!r} is unknown", hint="choose fp32, fp16 or bf16")
+    if options.fusion not in (None, *FUSIONS):
+        raise UsageError(f"fusion {options.fusion!r} is unknown", hint=f"choose {', '.join(FUSIONS)}")
     if options.version_compatible and not can.version_compatible:
         raise UsageError(f"{can} builds no version-compatible engines", hint="leave out --version-compatible")
     if options.timing_cache is not None and not can.timing_cache:
@@ -236,8 +248,16 @@ def _check(options: BuildOptions, can: Capabilities) -> None:
         raise UsageError("the workspace must be larger than nothing", hint="--workspace 1024 is a GiB")
 
 
+def _check_int8(model: Path, info: ModelInfo, options: BuildOptions) -> None:
+    if options.int8 and not info.quantization:
+        raise UsageError(
+            f"{model} is {info.precision}, and int8 needs a file that was calibrated",
+            hint="vimdeploy quantize --calib FOLDER, or build-engine --int8 --calib FOLDER",
+        )
+
+
 def _target(model: Path, out: Path | None, precision: str) -> Path:
-    out = out or model.with_name(f"{model.stem}.{precision}.plan")
+    out = out or model.with_name(f"{model.stem.removesuffix(f'.{precision}')}.{precision}.plan")
     if out.suffix != ".plan":
         raise UsageError(f"{out} does not end in .plan", hint=f"-o {out.with_suffix('.plan')}")
     if out.is_dir():
@@ -293,10 +313,13 @@ def _configure(
     # Without it the inspector has nothing to show.
     config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
     (config.set_flag if options.tf32 else config.clear_flag)(flag.TF32)
+    if not can.strongly_typed and prepared.wanted.quantized:
+        config.set_flag(flag.INT8)
     if not can.strongly_typed and prepared.wanted.low != "fp32":
         config.set_flag(flag.FP16)
         if can.precision_constraints:
-            config.set_flag(flag.PREFER_PRECISION_CONSTRAINTS)
+            # PREFER lets the quickest kernel win at times: an fp32 first convolution, on one build of two.
+            config.set_flag(flag.OBEY_PRECISION_CONSTRAINTS)
     if options.version_compatible:
         config.set_flag(flag.VERSION_COMPATIBLE)
     if options.workspace is not None:

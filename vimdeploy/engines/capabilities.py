@@ -40,6 +40,7 @@ class Capabilities:
     external_tactics: bool  # cuBLAS and cuDNN can be switched off as sources of kernels
     cuda_majors: tuple[int, ...]  # the CUDA releases it is built for: whose cuBLAS it would load
     functions: bool  # its parser inlines model-local functions
+    int8_constants: bool  # int8 weights may be stored as such; older ones quantize floats (passes/float_weights.py)
     slow_slices: bool  # its builder is slow with slices of a dynamic batch (passes/no_slices.py)
     plugins: str
     max_opset: int | None  # None: every opset vimdeploy writes
@@ -63,7 +64,7 @@ def capabilities_of(module: Any, runtime: str) -> Capabilities:
         strong_flag=strong,
         explicit_batch_flag=not v3 and hasattr(network_flags, "EXPLICIT_BATCH"),
         bf16=hasattr(module.DataType, "BF16"),
-        precision_constraints=hasattr(builder_flags, "PREFER_PRECISION_CONSTRAINTS"),
+        precision_constraints=hasattr(builder_flags, "OBEY_PRECISION_CONSTRAINTS"),
         progress=hasattr(module, "IProgressMonitor"),
         # RTX keeps the calls but they do nothing (runtimes-and-toolkits.md 4).
         timing_cache=not rtx and hasattr(module, "ITimingCache"),
@@ -71,6 +72,7 @@ def capabilities_of(module: Any, runtime: str) -> Capabilities:
         external_tactics=not rtx and hasattr(getattr(module, "TacticSource", None), "CUBLAS"),
         cuda_majors=(12, 13) if v3 else (11, 12) if version_compatible else (11,),  # 8.6 came for two, 8.5 for one
         functions=v3,
+        int8_constants=v3,
         slow_slices=not v3,
         plugins="none" if rtx else "v3" if v3 else "v2",
         max_opset=None if v3 else _OLD_PARSER_OPSET,

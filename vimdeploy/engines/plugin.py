@@ -10,6 +10,7 @@ import ctypes
 import os
 import platform
 import struct
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,8 @@ from vimdeploy.export import schema
 ENVIRONMENT = "VIMDEPLOY_TRT_PLUGIN"
 #: kind of plugin (Capabilities.plugins) -> file
 LIBRARIES = {"v3": "libvimdeploy_trt.so", "v2": "libvimdeploy_trt8.so"}
-NAME, VERSION, NAMESPACE = (
-    schema.OP,
-    schema.PLUGIN_ATTRIBUTES["plugin_version"],
-    schema.PLUGIN_ATTRIBUTES["plugin_namespace"],
-)
+#: A creator is named like its op (schema.OPS), in this version and namespace.
+VERSION, NAMESPACE = schema.PLUGIN_ATTRIBUTES["plugin_version"], schema.PLUGIN_ATTRIBUTES["plugin_namespace"]
 #: What the 8.x library calls to register, where it cannot at load time: given the registry, returns 1 when done.
 REGISTER = "vimdeploy_register_plugins"
 _MACHINES = {62: "x86_64", 183: "aarch64"}  # ELF e_machine
@@ -60,26 +58,32 @@ def _from_environment() -> Path | None:
     return Path(named) if named else None
 
 
-def load_plugin(module: Any, capabilities: Capabilities, path: Path) -> str:
-    """Load the library at `path` and see that its creator is in the registry. Returns its SHA-256.
+def load_plugin(module: Any, capabilities: Capabilities, path: Path, ops: Collection[str] = (schema.SCAN.name,)) -> str:
+    """Load the library at `path` and see that the creators of `ops` are in the registry. Returns its SHA-256.
 
     Loading what is already registered does nothing. Raises RuntimeMissing naming what does not fit: the file, its
-    architecture, or the name, version or namespace of the creators found instead.
+    architecture, the ops the library lacks, or the version or namespace of the creators found instead.
     """
     if not path.is_file():
         raise RuntimeMissing(f"the plugin library {path} is not a file", hint="name the built library with --plugin")
     _check_elf(path)
     registry = module.get_plugin_registry()
     digest = sha256_of(path)
-    if _creator(registry, capabilities) is None:
+    if _lacking(registry, capabilities, ops):
         _load(module, registry, capabilities, path)
-    if _creator(registry, capabilities) is None:
+    lacking = _lacking(registry, capabilities, ops)
+    if lacking:
         raise RuntimeMissing(
-            f"{path} was loaded, but {capabilities} has no plugin {NAME}, version {VERSION}, namespace {NAMESPACE!r}: "
-            + _instead(registry),
+            f"{path} was loaded, but {capabilities} has no plugin {' nor '.join(lacking)}, version {VERSION}, "
+            f"namespace {NAMESPACE!r}: {_instead(registry, lacking)}",
             hint="use the plugin library of this vimdeploy version",
         )
     return digest
+
+
+def _lacking(registry: Any, capabilities: Capabilities, ops: Collection[str]) -> list[str]:
+    get = registry.get_plugin_creator if capabilities.plugins == "v2" else registry.get_creator
+    return [op for op in sorted(ops) if get(op, VERSION, NAMESPACE) is None]
 
 
 def _load(module: Any, registry: Any, capabilities: Capabilities, path: Path) -> None:
@@ -121,20 +125,20 @@ def _registry_address() -> int:
     return int(library.getPluginRegistry())
 
 
-def _creator(registry: Any, capabilities: Capabilities) -> Any:
-    get = registry.get_plugin_creator if capabilities.plugins == "v2" else registry.get_creator
-    return get(NAME, VERSION, NAMESPACE)
-
-
-def _instead(registry: Any) -> str:
-    """What the registry holds under our name, in words."""
-    creators = getattr(registry, "all_creators", None) or registry.plugin_creator_list
+def _instead(registry: Any, lacking: Collection[str]) -> str:
+    """What the registry holds under those names, or of ours at all, in words."""
+    creators = list(getattr(registry, "all_creators", None) or registry.plugin_creator_list)
     found = [
         f"version {creator.plugin_version}, namespace {creator.plugin_namespace!r}"
         for creator in creators
-        if creator.name == NAME
+        if creator.name in lacking
     ]
-    return f"under that name there is {'; '.join(found)}" if found else "no plugin has that name"
+    if found:
+        return f"under that name there is {'; '.join(found)}"
+    ours = [creator.name for creator in creators if creator.plugin_namespace == NAMESPACE]
+    if ours:  # an older library, or one that was loaded into this process before
+        return f"an older build, which has {', '.join(sorted(ours))} only"
+    return "no plugin has that name"
 
 
 def _check_elf(path: Path) -> None:

@@ -12,9 +12,14 @@ from vimdeploy.engines.capabilities import Capabilities
 from vimdeploy.engines.inspect import Wanted
 from vimdeploy.errors import ModelFileError, UsageError
 from vimdeploy.export import functions, schema
+from vimdeploy.passes.float_weights import float_weights
+from vimdeploy.passes.fuse import FUSIONS, fuse
 from vimdeploy.passes.no_slices import without_slices
+from vimdeploy.passes.old_builder import for_old_builder
 from vimdeploy.passes.opset import lower_opset, raise_opset
-from vimdeploy.passes.precision import BF16_OPSET, to_precision
+from vimdeploy.passes.precision import BF16_OPSET, LOW_SCALES_OPSET, low_values, to_precision
+from vimdeploy.passes.quantize import quantized_products
+from vimdeploy.passes.whole_rows import read_whole_rows
 
 
 @dataclass(frozen=True)
@@ -28,18 +33,26 @@ class Prepared:
     types: dict[str, str]  # value -> fp32 | fp16 | bf16
     nodes: tuple[str, ...]  # names, in the graph's order
     scans: frozenset[str]  # names of the vim:: nodes
+    ops: frozenset[str]  # the vim:: operators among them
+    fusion: str  # none | bidirectional | full
 
 
 _NAMES = {ir.DataType.FLOAT: "fp32", ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
 
 def prepare(
-    model: Path, info: ModelInfo, precision: str | None, capabilities: Capabilities, batch: int | None = None
+    model: Path,
+    info: ModelInfo,
+    precision: str | None,
+    capabilities: Capabilities,
+    batch: int | None = None,
+    fusion: str | None = None,
 ) -> Prepared:
-    """Type, lower and strip or inline the graph of `model` for a parser that can do what `capabilities` says.
+    """Fuse, type, lower and strip or inline the graph of `model` for a parser that can do what `capabilities` says.
 
-    `precision` None keeps the file's own; a file that is typed already takes no other. `batch` fixes the batch. Raises
-    UsageError, ModelFileError, ExportError (a weight too large for fp16).
+    `precision` None keeps the file's own; a file that is typed already takes no other. `batch` fixes the batch.
+    `fusion` None fuses an fp32 file fully where the parser takes plugins and leaves it as it is where it does not; what
+    is fused already stays so. Raises UsageError, ModelFileError, ExportError (a weight too large for fp16).
     """
     if precision and info.precision not in ("fp32", precision):
         raise UsageError(
@@ -47,10 +60,18 @@ def prepare(
             hint=f"leave out --{precision}, or export it as fp32",
         )
     precision = precision or info.precision
+    int8 = bool(info.quantization)
     if precision == "bf16" and not capabilities.bf16:
         raise UsageError(f"{capabilities} has no bf16", hint="build with --fp16")
+    fusion = _fusion(model, info, fusion, capabilities)
     graph = ir.load(model)
     graph.functions.clear()
+    if fusion != info.fusion:
+        fuse(graph, fusion)
+    if capabilities.plugins != "none":
+        read_whole_rows(graph)
+    if capabilities.slow_slices and info.precision == "fp32":
+        for_old_builder(graph)
     if capabilities.max_opset is not None:
         lower_opset(graph, capabilities.max_opset)
     if batch is not None:
@@ -59,20 +80,49 @@ def prepare(
         without_slices(graph)
     if precision == "bf16":
         raise_opset(graph, BF16_OPSET)
-    if info.precision == "fp32":
+    elif int8 and precision == "fp16" and capabilities.strongly_typed:
+        raise_opset(graph, LOW_SCALES_OPSET)
+    types: dict[str, str] | None = None
+    if int8 and not capabilities.int8_constants:
+        float_weights(graph)
+    if int8 and not capabilities.strongly_typed:
+        # Where the builder chooses types, pairs and products stay as it knows them best: a graph in fp32, without
+        # casts, and constraints on everything else.
+        types = _types_to_be(graph.graph, precision)
+    elif info.precision == "fp32":
         to_precision(graph, precision)
     (image,) = graph.graph.inputs
     if image.shape is None or image.name is None:
         raise ModelFileError(f"{model} does not say the shape of its input", hint="export it again")
-    wanted = Wanted.of(graph.graph, precision)
-    types = _types(graph.graph)
-    scans = frozenset(str(node.name) for node in graph.graph if node.domain == schema.DOMAIN)
+    types = _types(graph.graph) if types is None else types
+    ours = [node for node in graph.graph if node.domain == schema.DOMAIN]
+    scans, ops = frozenset(str(node.name) for node in ours), frozenset(node.op_type for node in ours)
     shape = tuple(side if isinstance(side, int) else None for side in image.shape)
     if capabilities.plugins == "none":
         functions.attach(graph, "scan")
         graph = _inlined(graph)
+    wanted = Wanted.of(graph.graph, precision)
     nodes = tuple(node.name or node.op_type for node in graph.graph)
-    return Prepared(ir.to_proto(graph).SerializeToString(), image.name, shape, wanted, types, nodes, scans)
+    onnx = ir.to_proto(graph).SerializeToString()
+    return Prepared(onnx, image.name, shape, wanted, types, nodes, scans, ops, fusion)
+
+
+def _fusion(model: Path, info: ModelInfo, wanted: str | None, capabilities: Capabilities) -> str:
+    """What the graph is to be fused to: what was asked for, else as much as can be had."""
+    if wanted is None:
+        free = info.precision == "fp32" and capabilities.plugins != "none"
+        return "full" if free else info.fusion
+    if FUSIONS.index(wanted) < FUSIONS.index(info.fusion):
+        raise UsageError(
+            f"{model} is fused ({info.fusion}) already and cannot be built with --fusion {wanted}",
+            hint=f"export it with --fusion {wanted}",
+        )
+    if wanted != info.fusion and info.precision != "fp32":
+        raise UsageError(
+            f"{model} is {info.precision}, and only fp32 graphs are fused",
+            hint="leave out --fusion, or export it as fp32",
+        )
+    return wanted
 
 
 def _fix_batch(model: ir.Model, batch: int) -> None:
@@ -86,6 +136,19 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 def _types(graph: ir.Graph) -> dict[str, str]:
     values = (value for node in graph for value in node.outputs)
     return {str(v.name): _NAMES[v.dtype] for v in values if v.dtype in _NAMES}
+
+
+def _types_to_be(graph: ir.Graph, precision: str) -> dict[str, str]:
+    """What `to_precision` would make each value, but for those around int8 products, which the builder types."""
+    low = low_values(graph) if precision != "fp32" else set()
+    products = quantized_products(graph)
+    free = {value for node in products for value in node.outputs}
+    weights = {node.inputs[1] for node in products}
+    for node in graph:
+        between = node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.outputs[0] in weights
+        free.update(node.outputs if between else ())
+    values = [value for node in graph for value in node.outputs if value.dtype in _NAMES and value not in free]
+    return {str(value.name): precision if value in low else "fp32" for value in values}
 
 
 def _inlined(model: ir.Model) -> ir.Model:

@@ -6,12 +6,12 @@ Plan and sidecar together suffice for `run`, `eval` and a C++ program. Format 1 
     plan         file, sha256, bytes
     runtime      name (tensorrt | tensorrt-rtx), version
     device       name, sm, driver; null for an engine that was built ahead of time
-    plugin       file, sha256, name, version, namespace; null when the op's function body was built in
+    plugin       file, sha256, ops, version, namespace; null when the op's function body was built in
     profile      input, min, opt, max
     precision    asked, source (inspector | network), projections, islands, layers, hidden: see inspect.py
     tf32, version_compatible
     onnx         file, sha256
-    build        seconds, timing_cache (file, entries found), workspace_bytes, vimdeploy
+    build        seconds, timing_cache (file, entries found), workspace_bytes, fusion, vimdeploy
     model        ModelInfo.to_props(): variant, sizes, preprocessing, labels
 """
 

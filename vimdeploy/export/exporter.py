@@ -1,6 +1,6 @@
 """`export_checkpoint`: a checkpoint in, a `.vim` folder (or one `.onnx` file) out.
 
-torch.export → translate → precision → function body → metadata → written beside, checked, renamed into place.
+torch.export → translate → fuse → precision → function bodies → metadata → written beside, checked, renamed into place.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from vimdeploy.models.checkpoints import Checkpoint, read_checkpoint
 from vimdeploy.models.loading import load_model
 from vimdeploy.models.recognise import Recognition
 from vimdeploy.models.vim import Vim
+from vimdeploy.passes.fuse import FUSIONS, fuse
 from vimdeploy.passes.precision import BF16_OPSET, PRECISIONS, to_precision
 from vimdeploy.preprocess import Preprocessing
 
@@ -48,6 +49,7 @@ class ExportOptions:
     opset: int | None = None
     static_batch: int | None = None
     fallback: str = "scan"
+    fusion: str = "full"
     output: str = "logits"
     labels: tuple[str, ...] = field(default=())
 
@@ -58,7 +60,8 @@ class ExportOptions:
 
     def validate(self) -> ExportOptions:
         """Return self, or raise UsageError naming the first value that cannot be."""
-        for name, allowed in (("precision", PRECISIONS), ("fallback", functions.FALLBACKS), ("output", OUTPUTS)):
+        choices = {"precision": PRECISIONS, "fallback": functions.FALLBACKS, "fusion": FUSIONS, "output": OUTPUTS}
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
         if self.resolved_opset not in OPSETS:
@@ -89,7 +92,7 @@ class ExportResult:
     recognition: Recognition
     opset: int
     nodes: int
-    scans: int
+    ops: dict[str, int]  # vim:: operators: how many nodes of each
     weight_bytes: int
     file_bytes: int
     seconds: float
@@ -139,15 +142,14 @@ def export_checkpoint(
         report = _run_check(check, file)
         if report is not None and not single:
             bundle.write_report(scratch, report.to_dict())
-    domains = [node.domain for node in onnx_model.graph]
     return ExportResult(
         path=out,
         model=out if single else out / bundle.MODEL_FILE,
         info=info,
         recognition=recognition,
         opset=options.resolved_opset,
-        nodes=len(domains),
-        scans=domains.count(schema.DOMAIN),
+        nodes=len(onnx_model.graph),
+        ops=schema.used_in(onnx_model.graph),
         weight_bytes=weight_bytes,
         file_bytes=size,
         seconds=seconds,
@@ -156,7 +158,7 @@ def export_checkpoint(
 
 
 def export_model(model: Vim, options: ExportOptions, *, step: Callable[[str], None] = lambda text: None) -> ir.Model:
-    """The network as an ONNX model with its function body, not yet saved. Freezes `model` in place (Vim.freeze)."""
+    """The network as an ONNX model with its function bodies, not yet saved. Freezes `model` in place (Vim.freeze)."""
     options.validate()
     if options.output == "logits" and not model.config.num_classes:
         raise UsageError(
@@ -167,6 +169,7 @@ def export_model(model: Vim, options: ExportOptions, *, step: Callable[[str], No
     program = _trace(model, options)
     step("writing the graph")
     onnx_model = translate(program, opset=options.resolved_opset, input_name=INPUT, output_name=options.output)
+    fuse(onnx_model, options.fusion)
     to_precision(onnx_model, options.precision)
     functions.attach(onnx_model, options.fallback)
     return onnx_model
@@ -211,6 +214,7 @@ def _describe(checkpoint: Checkpoint, recognition: Recognition, options: ExportO
         precision=options.precision,
         output=options.output,
         fallback=options.fallback,
+        fusion=options.fusion,
         version=vimdeploy.__version__,
         labels=tuple(str(label) for label in labels),
         trained_size=recognition.trained_size,
@@ -234,6 +238,7 @@ def _provenance(
         "precision": info.precision,
         "output": info.output,
         "fallback": info.fallback,
+        "fusion": info.fusion,
     }
     return source, {bundle.MODEL_FILE: made}
 

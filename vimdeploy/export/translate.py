@@ -434,13 +434,11 @@ def _selective_scan(t: Translator, node: Node, args: Sequence[Operand]) -> Opera
     while tensors and tensors[-1] is None:
         tensors.pop()
     return t.emit(
-        schema.OP,
+        schema.SCAN.name,
         *tensors,
         domain=schema.DOMAIN,
         label="scan_backward" if reverse else "scan_forward",
-        delta_softplus=int(softplus),
-        reverse=int(reverse),
-        **schema.PLUGIN_ATTRIBUTES,  # type: ignore[arg-type]
+        **schema.SCAN.node_attributes(delta_softplus=int(softplus), reverse=int(reverse)),
     )
 
 

@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vimdeploy.bundle import replacing_file
-from vimdeploy.errors import CheckpointError, UsageError, VariantError, VimDeployError
+from vimdeploy.bundle import ModelInfo, replacing_file
+from vimdeploy.errors import CheckpointError, ModelFileError, UsageError, VariantError, VimDeployError
 from vimdeploy.models.checkpoints import META, Checkpoint, printable, read_checkpoint
 from vimdeploy.models.recognise import Recognition, recognise, size_text
 from vimdeploy.models.resize import resize_pos_embed
-from vimdeploy.models.variants import (
-    VimConfig,
-)
+from vimdeploy.models.variants import VimConfig, settings_of
 from vimdeploy.models.vim import RotaryEmbedding, Vim
 
 
@@ -77,6 +75,25 @@ def load_model(
     resized_from = old.img_size if config.img_size != old.img_size else None
     recognition = dataclasses.replace(recognition, config=config, how=tuple(how), resized_from=resized_from)
     return model.eval(), recognition
+
+
+def load_exported(info: ModelInfo, artifact: Path, checkpoint: Checkpoint | Path | str) -> Vim:
+    """The network `artifact` was exported from, read anew. Raises ModelFileError when it is of another checkpoint."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = read_checkpoint(checkpoint)
+    if checkpoint.sha256 != info.checkpoint_sha256:
+        raise ModelFileError(
+            f"{artifact} was not exported from {checkpoint.path} (the checkpoint's SHA-256 differs)",
+            hint="name the checkpoint it came from, or export again",
+        )
+    model, _ = load_model(
+        checkpoint,
+        weights=info.weights,
+        variant=settings_of(info.config.replace(img_size=info.trained_size)),
+        img_size=info.config.img_size,
+        pos_embed_mode=info.pos_embed_mode,
+    )
+    return model
 
 
 def _check_stride(config: VimConfig) -> None:

@@ -17,7 +17,7 @@ _LOW, _WIDE = ir.DataType.BFLOAT16, ir.DataType.FLOAT
 
 
 def emulate_bf16(model: ir.Model) -> ir.Model:
-    """Turn every bf16 tensor of `model` into a rounded fp32 one, in place; the function body is rewritten to match."""
+    """Turn every bf16 tensor of `model` into a rounded fp32 one, in place; function bodies are rewritten to match."""
     graph = model.graph
     for value in list(graph.initializers.values()):
         if value.dtype == _LOW:
@@ -41,7 +41,7 @@ def emulate_bf16(model: ir.Model) -> ir.Model:
                 user.replace_input_with(i, up.outputs[0])
     bodies = [f for f in model.functions.values() if f.domain == schema.DOMAIN]
     if bodies:
-        linear = any(n.domain == "com.microsoft" for n in bodies[0])
+        linear = any(node.domain == "com.microsoft" for body in bodies for node in body)
         model.functions.clear()
         functions.attach(model, "linear-attention" if linear else "scan")
     return model

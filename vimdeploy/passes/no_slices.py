@@ -16,6 +16,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from vimdeploy.passes import edit
 from vimdeploy.passes.depthwise import depthwise_convolutions
 
 
@@ -28,8 +29,7 @@ def without_slices(model: ir.Model) -> ir.Model:
             _split_weights(graph, node)
         elif node.op_type == "Unsqueeze":
             _reshape(graph, node)
-    for name in [n for n, v in graph.initializers.items() if not v.uses() and not v.is_graph_output()]:
-        del graph.initializers[name]
+    edit.drop_unread(graph)
     return model
 
 
@@ -37,24 +37,36 @@ def _split_weights(graph: ir.Graph, split: ir.Node) -> None:
     """Rewrite 1, where the Split is the product's only reader and goes along its last axis."""
     whole = split.inputs[0]
     product = whole.producer() if whole is not None else None
-    if whole is None or product is None or product.op_type != "MatMul" or len(tuple(whole.uses())) != 1:
+    if whole is None or product is None or product.op_type != "MatMul" or edit.only_reader(whole) is not split:
         return
-    x, weight, sizes = product.inputs[0], product.inputs[1], split.inputs[1] if len(split.inputs) > 1 else None
+    x, weight = product.inputs[0], product.inputs[1]
+    cut = weight.producer() if weight is not None else None
+    int8 = cut is not None and cut.op_type == "DequantizeLinear" and edit.array_of(cut.inputs[0]) is not None
+    matrix = edit.array_of(cut.inputs[0] if cut is not None and int8 else weight)
+    sizes = edit.ints(split.inputs[1]) if len(split.inputs) > 1 else []
     axis = split.attributes["axis"].as_int() if "axis" in split.attributes else 0
-    rank = len(whole.shape) if whole.shape is not None else 0
-    if weight is None or weight.const_value is None or sizes is None or sizes.const_value is None or not rank:
+    if weight is None or matrix is None or not sizes or not edit.last_axis(whole, axis):
         return
-    if axis not in (-1, rank - 1):
-        return
-    matrix, start = weight.const_value.numpy(), 0
-    for i, (size, part) in enumerate(zip(sizes.const_value.numpy(), split.outputs)):
-        tensor = ir.tensor(np.ascontiguousarray(matrix[:, start : start + size]), name=f"{weight.name}:{i}")
-        shape = ir.Shape([len(matrix), int(size)])
-        columns = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        graph.initializers[str(columns.name)] = columns
-        piece = ir.node("MatMul", [x, columns], name=f"{product.name}:{i}")
-        _take_over(graph, split, part, piece)
-        start += int(size)
+    start = 0
+    for i, (size, part) in enumerate(zip(sizes, split.outputs)):
+        stored = f"{weight.name}:{i}:int8" if int8 else f"{weight.name}:{i}"
+        columns = edit.constant(graph, stored, matrix[:, start : start + size])
+        if cut is not None and int8:  # the columns' scales go with them
+            parts = [edit.array_of(value) for value in cut.inputs[1:3]]
+            beside = [
+                edit.constant(graph, f"{weight.name}:{i}:{what}", array[start : start + size])
+                for what, array in zip(("scale", "zero"), parts)
+                if array is not None
+            ]
+            shape = ir.Shape([len(matrix), size])
+            name = f"{cut.name}:{i}"
+            made = edit.node(cut.op_type, [columns, *beside], name, [(name, weight.dtype, shape)], {"axis": 1})
+            graph.insert_before(split, made)
+            columns = made.outputs[0]
+        piece = edit.node("MatMul", [x, columns], f"{product.name}:{i}", [(None, None, None)])
+        graph.insert_before(split, piece)
+        edit.take_over(part, piece.outputs[0])
+        start += size
     graph.remove([split, product], safe=True)
 
 
@@ -64,22 +76,11 @@ def _reshape(graph: ir.Graph, node: ir.Node) -> None:
     if result.shape is None or not all(isinstance(side, int) for side in result.shape[1:]):
         return
     sizes = [0 if i == 0 and not isinstance(side, int) else side for i, side in enumerate(result.shape)]
-    axes = node.inputs[1].const_value.numpy() if node.inputs[1] is not None and node.inputs[1].const_value else None
-    if axes is None or 0 in axes:  # the batch must stay where 0 copies it from
+    axes = edit.ints(node.inputs[1])
+    if not axes or 0 in axes:  # the batch must stay where 0 copies it from
         return
-    name = f"{result.name}:sizes"
-    tensor = ir.tensor(np.array(sizes, dtype=np.int64), name=name)
-    graph.initializers[name] = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(sizes)]), const_value=tensor
-    )
-    _take_over(graph, node, result, ir.node("Reshape", [node.inputs[0], graph.initializers[name]], name=node.name))
+    constant = edit.constant(graph, f"{result.name}:sizes", np.array(sizes, dtype=np.int64))
+    reshape = edit.node("Reshape", [node.inputs[0], constant], str(node.name), [(None, None, None)])
+    graph.insert_before(node, reshape)
+    edit.take_over(result, reshape.outputs[0])
     graph.remove(node, safe=True)
-
-
-def _take_over(graph: ir.Graph, before: ir.Node, value: ir.Value, node: ir.Node) -> None:
-    """Let the first output of `node`, put in before `before`, be what `value` was: type, shape, name, readers."""
-    new = node.outputs[0]
-    new.type, new.shape = value.type, value.shape
-    graph.insert_before(before, node)
-    value.replace_all_uses_with(new, replace_graph_outputs=True)
-    value.name, new.name = None, value.name

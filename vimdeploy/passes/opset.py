@@ -78,11 +78,11 @@ def raise_opset(model: ir.Model, opset: int) -> ir.Model:
 #: Operators that changed between opsets 13 and 23 by new types or attributes only, none of which a Vim graph uses.
 _WIDENED = {
     "Add", "Cast", "Concat", "Constant", "ConstantOfShape", "Conv", "Div", "Exp", "Expand", "Flatten", "Gather",
-    "Gemm", "Identity", "MatMul", "Mul", "Neg", "Pad", "Reciprocal", "Reshape", "Sigmoid", "Slice", "Softplus", "Split",
-    "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
+    "DequantizeLinear", "Gemm", "Identity", "MatMul", "Mul", "Neg", "Pad", "QuantizeLinear", "Reciprocal", "Reshape",
+    "Sigmoid", "Slice", "Softplus", "Split", "Sqrt", "Squeeze", "Sub", "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 #: ... and the attributes that came on the way: a node that carries one means something an older opset cannot say.
-_NEW_ATTRIBUTES = {"num_outputs", "saturate", "round_mode", "allowzero"}
+_NEW_ATTRIBUTES = {"num_outputs", "saturate", "round_mode", "allowzero", "block_size", "output_dtype", "precision"}
 
 
 def _same_form(node: ir.Node, current: int, opset: int) -> bool:

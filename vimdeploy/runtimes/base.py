@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -22,6 +22,18 @@ class TensorSpec:
 
     def __str__(self) -> str:
         return f"{self.dtype.name} ({', '.join('any' if side is None else str(side) for side in self.shape)})"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One inference, ready to be repeated: `run()` starts it.
+
+    On a CUDA ``stream`` (its handle) the work is enqueued and nothing is waited for; with None it is done when `run`
+    returns.
+    """
+
+    run: Callable[[], object]
+    stream: int | None = None
 
 
 class Session(ABC):
@@ -44,6 +56,20 @@ class Session(ABC):
         The arrays returned are the caller's to keep. Raises UsageError for a closed session or a batch the model does
         not take.
         """
+        self._check_batch(batch)
+        return self._run(np.ascontiguousarray(batch))
+
+    def prepare(self, batch: np.ndarray) -> Prepared:
+        """The same inference again and again, on a batch that lies where the runtime reads it: for timing.
+
+        No image is copied by `Prepared.run` and no output is returned, where the runtime can do without; here it is
+        `run` itself. The session must outlive it, and one prepared batch is good until the next. Raises as `run`.
+        """
+        self._check_batch(batch)
+        batch = np.ascontiguousarray(batch)
+        return Prepared(lambda: self._run(batch))
+
+    def _check_batch(self, batch: np.ndarray) -> None:
         if self._closed:
             raise UsageError("this session is closed", hint="open another with vimdeploy.runtimes.open_session")
         (spec,) = self.inputs.values()
@@ -57,7 +83,6 @@ class Session(ABC):
             raise UsageError(
                 f"the model takes {spec}, not {batch.dtype.name}", hint=f"pass batch.astype({spec.dtype.name!r})"
             )
-        return self._run(np.ascontiguousarray(batch))
 
     @abstractmethod
     def _run(self, batch: np.ndarray) -> dict[str, np.ndarray]:

@@ -86,6 +86,46 @@ def device(index: int = 0) -> Device:
     return Device(index, name.value.decode(), 10 * numbers[0] + numbers[1], driver)
 
 
+def pci_bus_id(index: int = 0) -> str:
+    """The card's place on the bus, such as "0000:1b:00.0": the name under which NVML knows it."""
+    handle, text = ctypes.c_int(), ctypes.create_string_buffer(32)
+    _call("cuDeviceGet", ctypes.byref(handle), index)
+    _call("cuDeviceGetPCIBusId", text, 32, handle)
+    return text.value.decode()
+
+
+def free_memory() -> tuple[int, int]:
+    """Free and total bytes of the card whose context is current; what other programs hold counts as taken."""
+    free, total = ctypes.c_size_t(), ctypes.c_size_t()
+    _call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+    return free.value, total.value
+
+
+class Event:
+    """A moment on a stream of the current context."""
+
+    def __init__(self) -> None:
+        self._event = ctypes.c_void_p()
+        _call("cuEventCreate", ctypes.byref(self._event), 0)
+
+    def record(self, stream: int) -> None:
+        _call("cuEventRecord", self._event, ctypes.c_void_p(stream))
+
+    def synchronize(self) -> None:
+        """Wait until the moment has come."""
+        _call("cuEventSynchronize", self._event)
+
+    def milliseconds_since(self, earlier: Event) -> float:
+        """The time between two moments that have both come, on the card's clock."""
+        elapsed = ctypes.c_float()
+        name = "cuEventElapsedTime_v2" if hasattr(_driver(), "cuEventElapsedTime_v2") else "cuEventElapsedTime"
+        _call(name, ctypes.byref(elapsed), earlier._event, self._event)
+        return elapsed.value
+
+    def close(self) -> None:
+        _call("cuEventDestroy_v2", self._event)
+
+
 class Context:
     """A card's primary context (the one the CUDA runtime and torch use too), made current, with one stream of its own.
 
@@ -115,6 +155,11 @@ class Context:
         _call("cuMemAlloc_v2", ctypes.byref(pointer), ctypes.c_size_t(max(size, 1)))
         self._buffers.append(pointer)
         return int(pointer.value)
+
+    def free(self, pointer: int) -> None:
+        """Give back what `allocate` gave. Nothing on the stream may still use it."""
+        _call("cuMemFree_v2", ctypes.c_uint64(pointer))
+        self._buffers = [buffer for buffer in self._buffers if buffer.value != pointer]
 
     def upload(self, array: np.ndarray, pointer: int) -> None:
         """Copy a contiguous array to the card, on the stream."""

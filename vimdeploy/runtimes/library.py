@@ -13,6 +13,9 @@ from vimdeploy.errors import RuntimeMissing
 
 ENVIRONMENT = "VIMDEPLOY_ORT_LIBRARY"
 LIBRARY = "libvimdeploy_ort.so"
+#: The ops for ONNX Runtime's CUDA provider and for the CPU: a session takes one library of a domain.
+ORT_CUDA_ENVIRONMENT = "VIMDEPLOY_ORT_CUDA_LIBRARY"
+ORT_CUDA_LIBRARY = "libvimdeploy_ort_cuda.so"
 # Written by a build that could not make the library; says what it lacked.
 MISSING = "MISSING.txt"
 
@@ -23,14 +26,9 @@ def ort_library_path() -> Path:
     Raises RuntimeMissing, with the reason the build left behind, when there is none; a variable that names no file is
     an error too, not passed over.
     """
-    named = os.environ.get(ENVIRONMENT)
-    if named:
-        path = Path(named)
-        if not path.is_file():
-            raise RuntimeMissing(
-                f"{ENVIRONMENT} names {path}, which is not a file", hint=f"correct {ENVIRONMENT} or unset it"
-            )
-        return path.resolve()
+    named = _named(ENVIRONMENT)
+    if named is not None:
+        return named
     reasons = []
     for folder in _folders():
         if (folder / LIBRARY).is_file():
@@ -44,6 +42,31 @@ def ort_library_path() -> Path:
         if reasons
         else f"reinstall vimdeploy with a C++ compiler present, or let {ENVIRONMENT} name the file",
     )
+
+
+def ort_cuda_library_path() -> Path:
+    """The op library for ONNX Runtime's CUDA provider: what VIMDEPLOY_ORT_CUDA_LIBRARY names, else the installed one.
+
+    Raises RuntimeMissing as `ort_library_path` does.
+    """
+    found = _named(ORT_CUDA_ENVIRONMENT) or installed(ORT_CUDA_LIBRARY)
+    if found is None:
+        raise RuntimeMissing(
+            f"vimdeploy's op library for ONNX Runtime on CUDA ({ORT_CUDA_LIBRARY}) is not installed",
+            hint="reinstall vimdeploy where nvcc is, with -C cmake.define.VIMDEPLOY_BUILD_CUDA=ON, or let "
+            f"{ORT_CUDA_ENVIRONMENT} name the file",
+        )
+    return found
+
+
+def _named(variable: str) -> Path | None:
+    named = os.environ.get(variable)
+    if not named:
+        return None
+    path = Path(named)
+    if not path.is_file():
+        raise RuntimeMissing(f"{variable} names {path}, which is not a file", hint=f"correct {variable} or unset it")
+    return path.resolve()
 
 
 def installed(file: str) -> Path | None:

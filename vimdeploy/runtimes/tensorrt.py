@@ -7,6 +7,7 @@ path for all versions.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +17,9 @@ from vimdeploy.bundle import check_hash, sha256_of
 from vimdeploy.engines.capabilities import Capabilities, import_runtime
 from vimdeploy.engines.plugin import LIBRARIES, load_plugin, plugin_path
 from vimdeploy.engines.sidecar import Sidecar, check_plan, read_sidecar
-from vimdeploy.errors import EngineError, ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.errors import EngineError, ModelFileError, RuntimeMissing, UsageError, VimDeployError
 from vimdeploy.runtimes import cuda
-from vimdeploy.runtimes.base import Session, TensorSpec
+from vimdeploy.runtimes.base import Prepared, Session, TensorSpec
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +27,20 @@ if TYPE_CHECKING:
 _REBUILD = "build it here with `vimdeploy build-engine`"
 
 
+@dataclass(frozen=True)
+class _Recording:
+    """One batch size as a graph, and the context it was recorded from."""
+
+    context: Any
+    graph: cuda.Graph
+
+
 class TensorRTSession(Session):
     """A plan with its sidecar, on one card.
 
     ``plugin``: the plugin library, None for the one the sidecar names. ``device``: the card's index. ``cuda_graph``:
-    record each batch size once and replay it, which spares the launches of a small batch. Any batch within the
-    sidecar's profile runs.
+    record each batch size once and replay it, which spares the launches of a small batch; before TensorRT 10 only the
+    last batch size stays recorded. Any batch within the sidecar's profile runs.
 
     Raises ModelFileError for a plan or sidecar that is missing, damaged, or of another TensorRT or card;
     RuntimeMissing when TensorRT, the card or the plugin is not there, or the plugin is not the one the plan was built
@@ -49,7 +58,9 @@ class TensorRTSession(Session):
         check_host(plan, self.sidecar, can, card)
         self._cuda = cuda.Context(device)
         if self.sidecar.plugin is not None:
-            load_plugin(module, can, find_plugin(plan, self.sidecar, can, plugin))
+            path = find_plugin(plan, self.sidecar, can, plugin)
+            # Sidecars before the fused ops name the one op there was.
+            load_plugin(module, can, path, self.sidecar.plugin.get("ops") or (self.sidecar.plugin["name"],))
         from vimdeploy.engines.build import make_logger
 
         self._logger = make_logger(module)
@@ -57,13 +68,19 @@ class TensorRTSession(Session):
         if self.sidecar.version_compatible and hasattr(self._runtime, "engine_host_code_allowed"):
             self._runtime.engine_host_code_allowed = True
         self._engine = self._runtime.deserialize_cuda_engine(plan.read_bytes())
-        self._context = self._engine and self._engine.create_execution_context()
+        # A recorded graph is good only while its context stays as it was, so each has one of its own; these share
+        # their memory, since they take turns on one stream. Before TensorRT 10 the engine's one profile serves one.
+        self._several = hasattr(module, "ExecutionContextAllocationStrategy")
+        self._managed = module.ExecutionContextAllocationStrategy.USER_MANAGED if self._several else None
+        self._graphs: dict[int, _Recording] | None = {} if cuda_graph else None
+        self._scratch: tuple[int, int] | None = None  # address and size of the graphs' contexts' memory
+        self._unrecorded: Any = None
+        self._context = self._engine and self._new_context(shared=cuda_graph and self._several)
         if self._context is None:
             said = " ".join(self._logger.errors[-1].split()) if self._logger.errors else "no reason given"
             self.close()
             raise EngineError(f"{can} cannot load {plan}: {said}", hint=_REBUILD)
         self._open(module)
-        self._graphs: dict[int, cuda.Graph] | None = {} if cuda_graph else None
         self._description = f"{can} on {card.name}, {self.sidecar.precision['asked']}" + (
             ", vim plugin" if self.sidecar.plugin is not None else ", function body"
         )
@@ -96,21 +113,31 @@ class TensorRTSession(Session):
         assert self._cuda is not None
         device, name = self._cuda, self.sidecar.profile.input
         device.enter()
-        self._bind(batch.shape, self._pointers)
         device.upload(batch, self._pointers[name])
-        self._launch(len(batch))
+        context = self._launch(batch.shape)
         results = {}
         for output, spec in self.outputs.items():
-            results[output] = np.empty(tuple(self._context.get_tensor_shape(output)), spec.dtype)
+            results[output] = np.empty(tuple(context.get_tensor_shape(output)), spec.dtype)
             device.download(self._pointers[output], results[output])
         device.synchronize()
         return results
 
+    def prepare(self, batch: np.ndarray) -> Prepared:
+        self._check_batch(batch)
+        self._check(batch.shape)
+        assert self._cuda is not None
+        self._cuda.enter()
+        batch = np.ascontiguousarray(batch)
+        self._cuda.upload(batch, self._pointers[self.sidecar.profile.input])
+        self._cuda.synchronize()
+        return Prepared(lambda: self._launch(batch.shape), self._cuda.stream)
+
     def run_torch(self, batch: torch.Tensor) -> dict[str, torch.Tensor]:
         """Images (B, 3, H, W) on this session's card, of the input's type -> outputs on the card, without a copy.
 
-        Enqueued on torch's current stream, like any torch operation: nothing is waited for. Raises UsageError for a
-        tensor elsewhere, of another type, or a batch outside the profile.
+        Enqueued on torch's current stream, like any torch operation: nothing is waited for, and nothing is recorded,
+        whatever ``cuda_graph`` says. Raises UsageError for a tensor elsewhere, of another type, or a batch outside the
+        profile.
         """
         import torch
 
@@ -127,18 +154,19 @@ class TensorRTSession(Session):
         self._check(tuple(batch.shape))
         batch = batch.contiguous()
         addresses = {name: batch.data_ptr()}
-        self._context.set_input_shape(name, tuple(batch.shape))
+        context = self._context_of_callers()
+        context.set_input_shape(name, tuple(batch.shape))
         results = {}
         for output, want in self.outputs.items():
             results[output] = torch.empty(
-                tuple(self._context.get_tensor_shape(output)),
+                tuple(context.get_tensor_shape(output)),
                 dtype=getattr(torch, want.dtype.name),
                 device=batch.device,
             )
             addresses[output] = results[output].data_ptr()
         stream = torch.cuda.current_stream(batch.device)
-        self._bind(tuple(batch.shape), addresses)
-        self._enqueue(stream.cuda_stream)
+        self._bind(context, tuple(batch.shape), addresses)
+        self._enqueue(context, stream.cuda_stream)
         return results
 
     def describe(self) -> str:
@@ -146,11 +174,10 @@ class TensorRTSession(Session):
 
     def close(self) -> None:
         super().close()
-        for graph in (getattr(self, "_graphs", None) or {}).values():
-            graph.close()
+        self._forget()
         self._graphs = None
         # In this order: each uses the one before it.
-        self._context = self._engine = self._runtime = None
+        self._context = self._unrecorded = self._engine = self._runtime = None
         if self._cuda is not None:
             self._cuda.close()
             self._cuda = None
@@ -166,28 +193,87 @@ class TensorRTSession(Session):
                 else f"run batches of {high}",
             )
 
-    def _bind(self, shape: tuple[int, ...], addresses: dict[str, int]) -> None:
-        if not self._context.set_input_shape(self.sidecar.profile.input, shape):
+    def _bind(self, context: Any, shape: tuple[int, ...], addresses: dict[str, int]) -> None:
+        if not context.set_input_shape(self.sidecar.profile.input, shape):
             raise self._failed(f"refused a batch of {shape[0]}")
         for name, address in addresses.items():
-            self._context.set_tensor_address(name, address)
+            context.set_tensor_address(name, address)
 
-    def _launch(self, batch: int) -> None:
-        """Run what is bound on our own stream, from a recorded graph where that was asked for."""
+    def _launch(self, shape: tuple[int, ...]) -> Any:
+        """Run our own buffers on our own stream, from a recorded graph where that was asked for; the context it ran."""
         assert self._cuda is not None
         if self._graphs is None:
-            self._enqueue(self._cuda.stream)
-            return
-        if batch not in self._graphs:
-            self._enqueue(self._cuda.stream)  # once outside: the first run of a shape may set things up
-            self._cuda.synchronize()
-            self._cuda.begin_capture()
-            self._enqueue(self._cuda.stream)
-            self._graphs[batch] = self._cuda.end_capture()
-        self._graphs[batch].launch()
+            self._bind(self._context, shape, self._pointers)
+            self._enqueue(self._context, self._cuda.stream)
+            return self._context
+        if shape[0] not in self._graphs:
+            self._graphs[shape[0]] = self._record(shape)
+        recording = self._graphs[shape[0]]
+        recording.graph.launch()
+        return recording.context
 
-    def _enqueue(self, stream: int) -> None:
-        if not self._context.execute_async_v3(stream):
+    def _record(self, shape: tuple[int, ...]) -> _Recording:
+        assert self._cuda is not None
+        if self._several:
+            context = self._new_context(shared=True)
+            if context is None:
+                raise self._failed("could not make another context")
+            self._lend_memory(context)
+        else:
+            self._forget()
+            context = self._context
+        self._bind(context, shape, self._pointers)
+        self._enqueue(context, self._cuda.stream)  # once outside: the first run of a shape may set things up
+        self._cuda.synchronize()
+        self._cuda.begin_capture()
+        try:
+            self._enqueue(context, self._cuda.stream)
+        except EngineError:
+            with contextlib.suppress(VimDeployError):  # the stream must not stay in capture
+                self._cuda.end_capture().close()
+            raise
+        return _Recording(context, self._cuda.end_capture())
+
+    def _forget(self) -> None:
+        """Give up what was recorded."""
+        recordings = getattr(self, "_graphs", None) or {}
+        if recordings and self._cuda is not None:
+            self._cuda.synchronize()
+        for recording in recordings.values():
+            recording.graph.close()
+        recordings.clear()
+
+    def _new_context(self, *, shared: bool) -> Any:
+        """An execution context; `shared`: without memory of its own (`_lend_memory`)."""
+        if shared:
+            return self._engine.create_execution_context(self._managed)
+        return self._engine.create_execution_context()
+
+    def _lend_memory(self, context: Any) -> None:
+        """Let `context` work in the memory that the recorded graphs share."""
+        assert self._cuda is not None
+        if self._scratch is None:
+            size = getattr(self._engine, "device_memory_size_v2", None)
+            size = int(self._engine.device_memory_size if size is None else size)
+            self._scratch = (self._cuda.allocate(size), size)
+        if hasattr(context, "set_device_memory"):
+            context.set_device_memory(*self._scratch)
+        else:  # 10.0
+            context.device_memory = self._scratch[0]
+
+    def _context_of_callers(self) -> Any:
+        """The context for work on other streams and buffers than ours."""
+        if self._graphs is None:
+            return self._context
+        if not self._several:
+            self._forget()  # it is the one that was recorded, and is about to be changed
+            return self._context
+        if self._unrecorded is None:
+            self._unrecorded = self._new_context(shared=False)
+        return self._unrecorded
+
+    def _enqueue(self, context: Any, stream: int) -> None:
+        if not context.execute_async_v3(stream):
             raise self._failed("could not run the plan")
 
     def _failed(self, what: str) -> EngineError:

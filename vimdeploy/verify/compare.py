@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +26,11 @@ class Errors:
     top1: float | None = None
     lead_lost: float = 0.0
     finite: bool = True
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to noise in dB, between -200 and 200."""
+        return -20 * math.log10(min(max(self.rel_rms, 1e-10), 1e10))
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, which has no Infinity: None where a number is not finite."""
@@ -98,6 +104,24 @@ FP32 = Tolerance(rel_rms=1e-4, cosine=0.999999, max_abs=1e-3, reason="reassociat
 LOW_FACTOR = 2.0
 #: ... but never tighter than two units in the last place of the type, which a final rounding alone can cost.
 LOW_FLOOR = {"fp16": 2 * 2.0**-11, "bf16": 2 * 2.0**-8}
+
+
+#: int8: at most twice (6 dB) the error its maker measured on the calibration images; they are not the ones looked at
+#: now. Where that was not measured, what still lets most images keep their class.
+INT8_FACTOR, INT8_UNKNOWN = 2.0, 0.1
+
+
+def int8(quantization: Mapping[str, Any]) -> Tolerance:
+    """The limits for an int8 file or a plan of one, from what the file says of its own making."""
+    sqnr = quantization.get("sqnr_db")
+    limit = INT8_UNKNOWN if sqnr is None else INT8_FACTOR * 10 ** (-float(sqnr) / 20)
+    reason = (
+        "nothing was measured when it was quantized"
+        if sqnr is None
+        else (f"{INT8_FACTOR:g} x the error on the calibration images, {sqnr:.1f} dB")
+    )
+    # The worst of many images may be four times as far off as all together.
+    return Tolerance(rel_rms=limit, cosine=1 - 8 * limit**2, max_abs=None, reason=reason)
 
 
 def low_precision(precision: str, plain: Errors) -> Tolerance:

@@ -31,10 +31,10 @@ def first_nonfinite(model: Path, precision: str, image: np.ndarray) -> str | Non
     if not typed:
         to_precision(graph, precision)
     functions.attach(graph, "scan")
-    watched = [node for node in graph.graph if node.outputs[0].dtype in _FLOATS]
-    for node in watched:
-        if not node.outputs[0].is_graph_output():
-            graph.graph.outputs.append(node.outputs[0])
+    watched = [(node, value) for node in graph.graph for value in node.outputs if value.dtype in _FLOATS]
+    for _, value in watched:
+        if not value.is_graph_output():
+            graph.graph.outputs.append(value)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
@@ -46,8 +46,8 @@ def first_nonfinite(model: Path, precision: str, image: np.ndarray) -> str | Non
     batch = np.repeat(image, fed.shape[0], axis=0) if isinstance(fed.shape[0], int) else image
     values = dict(zip(names, session.run(None, {fed.name: batch}), strict=True))
     values[fed.name] = batch
-    for node in watched:
-        result = values[str(node.outputs[0].name)]
+    for node, value in watched:
+        result = values[str(value.name)]
         if not np.isfinite(result).all():
             read = [values[str(v.name)] for v in node.inputs if v is not None and v.name in values]
             largest = max((float(np.abs(x.astype(np.float64)).max()) for x in read if x.size), default=0.0)

@@ -21,9 +21,10 @@ import numpy as np
 
 from vimdeploy.bundle import ModelInfo, check_hash, read_info
 from vimdeploy.errors import ModelFileError, RuntimeMissing, UsageError
+from vimdeploy.runtimes import open_session
 from vimdeploy.runtimes.base import Session
-from vimdeploy.runtimes.library import ENVIRONMENT, ort_library_path
-from vimdeploy.verify import samples
+from vimdeploy.runtimes.library import ENVIRONMENT, ort_cuda_library_path, ort_library_path
+from vimdeploy.verify import compare, samples
 from vimdeploy.verify.compare import Errors, Tolerance, errors
 from vimdeploy.verify.overflow import explain
 from vimdeploy.verify.reference import CHUNK, Reference, SavedReference, TorchReference, chunks, ranked
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 RUNTIMES = {
     "onnxruntime": "ONNX Runtime with vimdeploy's op library",
     "onnxruntime-body": "ONNX Runtime on the file's function body",
+    "onnxruntime-cuda": "ONNX Runtime's CUDA provider with vimdeploy's op library",
+    "torch-cuda": "PyTorch on vimdeploy's CUDA kernels",
     "tensorrt": "TensorRT on a plan of the file",
 }
 #: What issue 3 asks of an fp16 plan, whatever PyTorch's own fp16 error is.
@@ -96,7 +99,7 @@ class ParityReport:
                     "output": row.output,
                     "images": row.images,
                     "passed": row.passed,
-                    "errors": row.errors.to_dict(),
+                    "errors": {**row.errors.to_dict(), "sqnr_db": row.errors.sqnr_db if row.errors.finite else None},
                     "tolerance": {
                         "max_abs": row.tolerance.max_abs,
                         "rel_rms": row.tolerance.rel_rms,
@@ -119,7 +122,7 @@ class Candidate:
     runtime: str  # a key of RUNTIMES
     file: str
     session: Session
-    precision: str  # fp32 | fp16 | bf16: which reference and limits it is held to
+    precision: str  # fp32 | fp16 | bf16 | int8: which reference and limits it is held to
     cap: Tolerance | None = None  # limits besides the measured ones
     onnx: Path | None = None  # the graph it was made of, to look for overflow in
 
@@ -135,17 +138,20 @@ def parity(
     name: str | None = None,
     step: Callable[[str], None] = lambda text: None,
     plans: tuple[Path, ...] = (),
+    quantized: tuple[Path, ...] = (),
     plugin: Path | None = None,
     reference: Path | None = None,
     save_reference: Path | None = None,
 ) -> ParityReport:
-    """Compare `artifact` (an ONNX file or a plan), and `plans` made of it, with the network of `checkpoint`.
+    """Compare `artifact` (an ONNX file or a plan), and `plans` and `quantized` files made of it, with `checkpoint`.
 
     Without `runtimes`, in all of RUNTIMES that this host and this file allow; one that is left out is in the report's
     `skipped`, with the reason. `images`: a folder or file of real images; without, the photographs that come along.
     `reference`: a file that `save_reference` wrote elsewhere takes the place of checkpoint, images and torch. `plugin`:
-    the plans' plugin library. Raises ModelFileError when the artifact is not of this checkpoint, RuntimeMissing when a
-    runtime that was asked for, or every one, is not there.
+    the plans' plugin library. What is int8 is compared on real images only, and on named ones: photographs and noise
+    are not what its ranges were measured on. Raises ModelFileError when the artifact is not of this checkpoint,
+    UsageError for an int8 artifact without images, RuntimeMissing when a runtime that was asked for, or every one, is
+    not there.
     """
     is_plan = artifact.suffix == ".plan"
     if is_plan:
@@ -155,6 +161,11 @@ def parity(
     else:
         check_hash(artifact)
         info = read_info(artifact)
+    if info.quantization and images is None and reference is None:
+        raise UsageError(
+            f"{artifact} is int8, and says what it should on images like those it was calibrated on",
+            hint="name some with --images",
+        )
     truth: Reference
     colour = info.config.in_chans == 3
     if reference is not None:
@@ -177,17 +188,27 @@ def parity(
         candidates, skipped, notices = _candidates(stack, None if is_plan else artifact, plans, info, runtimes, plugin)
         if not colour:
             notices.append(f"random inputs only: the model reads {info.config.in_chans} channels, images give 3 (RGB)")
+        if not is_plan and (not runtimes or any(runtime.startswith("onnxruntime") for runtime in runtimes)):
+            found, left_out = _quantized(stack, quantized, runtimes, images is not None or reference is not None)
+            candidates, skipped = candidates + found, skipped + left_out
         rows = []
         references = []
         for candidate in candidates:
             truth.check(candidate.session.info, Path(candidate.file))
-            wanted = truth.wanted(candidate.precision)
+            int8 = candidate.precision == "int8"
+            if int8 and images is None and reference is None:
+                skipped.append((candidate.file, _NAME_IMAGES))
+                continue
+            wanted = truth.wanted("fp32" if int8 else candidate.precision)
             references.append(wanted.reference)
-            limit = _capped(wanted.tolerance, candidate.cap)
+            limit = compare.int8(candidate.session.info.quantization) if int8 else wanted.tolerance
+            limit = _capped(limit, candidate.cap)
             for key, batch in truth.images.items():
+                if int8 and key != "real":
+                    continue
                 step(f"{candidate.session.describe()}: {key} images")
                 rows += _rows(candidate, info, key, batch, wanted.outputs[key], limit)
-    return ParityReport(name or str(artifact), info.precision, " and ".join(dict.fromkeys(references)), tuple(rows),
+    return ParityReport(name or str(artifact), info.kind, " and ".join(dict.fromkeys(references)), tuple(rows),
                         tuple(skipped), tuple(notices))  # fmt: skip
 
 
@@ -206,9 +227,14 @@ def _candidates(
     found: list[Candidate] = []
     skipped: list[tuple[str, str]] = []
     notices: list[str] = []
-    ort = [runtime for runtime in wanted or RUNTIMES if runtime != "tensorrt"]
-    if artifact is None and wanted and ort:
+    ort = [runtime for runtime in wanted or _usual() if runtime.startswith("onnxruntime")]
+    torch_cuda = bool(wanted and "torch-cuda" in wanted)
+    if artifact is None and wanted and (ort or torch_cuda):
         raise UsageError("a plan runs in TensorRT only", hint="name the .onnx file to compare it in ONNX Runtime")
+    if artifact is not None and torch_cuda:
+        session = stack.enter_context(open_session(artifact, runtime="torch-cuda"))
+        cap = PLAN_FP16 if info.precision == "fp16" else None
+        found.append(Candidate("torch-cuda", artifact.name, session, info.precision, cap))
     if artifact is not None and ort:
         if not wanted and plans and importlib.util.find_spec("onnxruntime") is None:
             skipped.append(("onnxruntime", "it is not installed"))
@@ -216,7 +242,7 @@ def _candidates(
             sessions, left_out, notices = _sessions(stack, artifact, info, tuple(ort), asked=bool(wanted))
             skipped += left_out
             found += [
-                Candidate(runtime, artifact.name, session, info.precision, onnx=artifact)
+                Candidate(runtime, artifact.name, session, info.kind, onnx=None if info.quantization else artifact)
                 for runtime, session in sessions.items()
             ]
     if wanted and "tensorrt" in wanted and not plans:
@@ -235,6 +261,40 @@ def _candidates(
     return found, skipped, notices
 
 
+_NAME_IMAGES = "int8 is compared on images like those it was calibrated on: name some with --images"
+
+
+def _quantized(
+    stack: ExitStack, files: tuple[Path, ...], runtimes: tuple[str, ...] | None, have_images: bool
+) -> tuple[list[Candidate], list[tuple[str, str]]]:
+    """The int8 files that lie beside the model, in ONNX Runtime."""
+    if not have_images:
+        return [], [(file.name, _NAME_IMAGES) for file in files]
+    found, skipped = [], []
+    for file in files:
+        check_hash(file)
+        info = read_info(file)
+        usual = ("onnxruntime", "onnxruntime-body")
+        chosen = tuple(runtime for runtime in runtimes or usual if runtime in usual)
+        if not chosen:
+            skipped.append((file.name, "int8 files run in ONNX Runtime on the CPU"))
+            continue
+        sessions, left_out, _ = _sessions(stack, file, info, chosen, asked=bool(runtimes))
+        skipped += [(f"{file.name}, {runtime}", reason) for runtime, reason in left_out]
+        found += [Candidate(runtime, file.name, session, "int8") for runtime, session in sessions.items()]
+    return found, skipped
+
+
+def _usual() -> tuple[str, ...]:
+    """What is compared when nothing is asked for: a card's runtimes where their library is installed."""
+    with_card = True
+    try:
+        ort_cuda_library_path()
+    except RuntimeMissing:
+        with_card = False
+    return tuple(r for r in RUNTIMES if r != "torch-cuda" and (with_card or r != "onnxruntime-cuda"))
+
+
 def _plan(stack: ExitStack, plan: Path, plugin: Path | None) -> Candidate:
     from vimdeploy.runtimes.tensorrt import TensorRTSession
 
@@ -243,7 +303,7 @@ def _plan(stack: ExitStack, plan: Path, plugin: Path | None) -> Candidate:
     precision = session.sidecar.precision["asked"]
     if precision == "fp32" and session.sidecar.tf32:
         precision = "fp16"  # TF32 products have fp16's 10 bits
-    onnx = plan.parent / str(session.sidecar.onnx["file"])
+    onnx = None if precision == "int8" else plan.parent / str(session.sidecar.onnx["file"])
     cap = PLAN_FP16 if precision == "fp16" else None
     return Candidate("tensorrt", plan.name, session, precision, cap, onnx)
 
@@ -265,7 +325,8 @@ def _sessions(
     from vimdeploy.runtimes.onnxruntime import NoFunctionBody, OrtSession
 
     notices = []
-    if info.precision == "bf16":
+    exported = artifact
+    if info.precision == "bf16" and set(runtimes) != {"onnxruntime-cuda"}:
         artifact = _emulated(stack, artifact)
         notices.append("bf16 is emulated: ONNX Runtime has no bf16 kernels on this CPU, so each node computes in fp32 "
                        "and rounds its result to bf16; the library's bf16 kernel itself did not run")  # fmt: skip
@@ -276,6 +337,10 @@ def _sessions(
         try:
             if runtime == "onnxruntime":
                 library = ort_library_path()
+            elif runtime == "onnxruntime-cuda":
+                library = ort_cuda_library_path()
+                sessions[runtime] = stack.enter_context(_on_card(exported, library))
+                continue
             elif info.fallback == "none":
                 raise RuntimeMissing("the file carries no function body", hint="export it with --fallback scan")
         except RuntimeMissing as missing:
@@ -297,9 +362,15 @@ def _sessions(
     return sessions, skipped, notices
 
 
+def _on_card(artifact: Path, library: Path) -> Session:
+    from vimdeploy.runtimes.onnxruntime_cuda import OrtCudaSession
+
+    return OrtCudaSession(artifact, library=library)
+
+
 def _optional(runtime: str, info: ModelInfo) -> bool:
     """Whether a check may go on without this runtime when it was not asked for by name."""
-    return runtime == "onnxruntime-body" or info.fallback != "none"
+    return runtime != "onnxruntime" or info.fallback != "none"
 
 
 def _emulated(stack: ExitStack, artifact: Path) -> Path:

@@ -68,7 +68,9 @@ class TorchReference:
         step: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._info, self.images, self._step = info, images, step
-        self._model = load_reference(info, artifact, checkpoint)
+        from vimdeploy.models.loading import load_exported
+
+        self._model = load_exported(info, artifact, checkpoint)
         self._cache: dict[str, dict[str, np.ndarray]] = {}
 
     def check(self, info: ModelInfo, artifact: Path) -> None:
@@ -176,29 +178,6 @@ def _check_same(mine: Mapping[str, Any], other: Mapping[str, Any], artifact: Pat
             f"{artifact} is not of the network of {source}: {'; '.join(differing)}",
             hint="write the reference again with --save-reference, from the same checkpoint",
         )
-
-
-def load_reference(info: ModelInfo, artifact: Path, checkpoint: Checkpoint | Path | str) -> Vim:
-    """The network `artifact` was exported from, read anew. Raises ModelFileError when it is of another checkpoint."""
-    from vimdeploy.models.checkpoints import Checkpoint, read_checkpoint
-    from vimdeploy.models.loading import load_model
-    from vimdeploy.models.variants import settings_of
-
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = read_checkpoint(checkpoint)
-    if checkpoint.sha256 != info.checkpoint_sha256:
-        raise ModelFileError(
-            f"{artifact} was not exported from {checkpoint.path} (the checkpoint's SHA-256 differs)",
-            hint="name the checkpoint it came from, or export again",
-        )
-    model, _ = load_model(
-        checkpoint,
-        weights=info.weights,
-        variant=settings_of(info.config.replace(img_size=info.trained_size)),
-        img_size=info.config.img_size,
-        pos_embed_mode=info.pos_embed_mode,
-    )
-    return model
 
 
 def plain_model(model: Vim, precision: str) -> Vim:

@@ -120,6 +120,9 @@ struct OpenOptions {
   std::string runtime_library;   // libonnxruntime.so or libnvinfer.so; empty: see the top of this file
   std::string op_library;        // libvimdeploy_ort.so; empty: see the top; "off": the function body in the file
   std::string plugin_library;    // libvimdeploy_trt.so; empty: see the top
+  // .plan only: Context::Run records the work of each batch size once and replays it, which spares a small batch most
+  // of its launches. Before TensorRT 10 only the last batch size stays recorded.
+  bool cuda_graph = false;
   // Read whole files to compare their SHA-256 with what the manifest or the plan's .json says. Off, a damaged plan may
   // bring the process down.
   bool check_hashes = true;

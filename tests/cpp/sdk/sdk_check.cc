@@ -8,7 +8,8 @@
 //   threads MODEL THREADS TURNS IMAGE... fails unless each thread, with its own context, sees what one thread sees
 //   enqueue MODEL
 //
-// Environment: OPEN_OP_LIBRARY, OPEN_RUNTIME, OPEN_PLUGIN, OPEN_DEVICE (cuda), OPEN_UNCHECKED fill in OpenOptions.
+// Environment: OPEN_OP_LIBRARY, OPEN_RUNTIME, OPEN_PLUGIN, OPEN_DEVICE (cuda), OPEN_UNCHECKED, OPEN_GRAPH fill in
+// OpenOptions.
 #include <vimdeploy/vimdeploy.h>
 
 #include <atomic>
@@ -36,6 +37,7 @@ Model Open(const std::string& path) {
   options.runtime_library = Variable("OPEN_RUNTIME");
   options.plugin_library = Variable("OPEN_PLUGIN");
   options.check_hashes = Variable("OPEN_UNCHECKED").empty();
+  options.cuda_graph = !Variable("OPEN_GRAPH").empty();
   if (Variable("OPEN_DEVICE") == "cuda") options.device = vimdeploy::Device::kCuda;
   options.threads = 1;
   return Model::Open(path, options);

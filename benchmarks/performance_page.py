@@ -1,0 +1,217 @@
+"""Fills the marked regions of docs/performance.md from results files, and draws README's figures.
+
+  python benchmarks/performance_page.py           rewrite the regions and docs/images/*.svg
+  python benchmarks/performance_page.py --check   exit 1 when the page is not what the results files say
+
+A region lies between `<!-- figures: NAME -->` and `<!-- end -->`; what is outside is written by hand. tests/docs checks
+the page, so that no figure in it can be another than in the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from vimdeploy.bench.results import Results, Row  # noqa: E402
+
+PAGE = ROOT / "docs" / "performance.md"
+IMAGES = ROOT / "docs" / "images"
+RESULTS = ROOT / "benchmarks" / "results"
+NETWORK = RESULTS / "network-h100-fp16.json"
+SCAN = RESULTS / "scan-h100-fp16.json"
+FUSED = RESULTS / "fused-h100.json"
+
+_REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+_TIMES = "\N{MULTIPLICATION SIGN}"
+
+
+def fill(text: str) -> str:
+    """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
+    return _REGION.sub(lambda match: match[1] + REGIONS[match[2]]() + match[4], text)
+
+
+def regions(text: str) -> dict[str, str]:
+    return {match[2]: match[3] for match in _REGION.finditer(text)}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _not_yet(command: str) -> str:
+    return f"\nNot measured yet; on a GPU host:\n\n    {command}\n\n"
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def _network() -> tuple[dict[str, Any], Results] | None:
+    values = _read(NETWORK)
+    return None if values is None else (values, Results.from_dict(values, str(NETWORK)))
+
+
+_NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h100-fp16.json"
+
+
+def network_table() -> str:
+    """Issue by issue: the figure, the bar, the aim."""
+    found = _network()
+    if found is None:
+        return _not_yet(_NETWORK_COMMAND)
+    rows = []
+    for entry in found[0]["table"]:
+        value = "-" if entry["value"] is None else f"{entry['value']:.2f}"
+        verdict = "aim reached" if entry["aim_reached"] else "" if entry["held"] else "**missed**"
+        bars = (f"{entry['least']:g}", f"{entry['aim']:g}")
+        rows.append((entry["name"], value, *bars, "not measured" if entry["value"] is None else verdict))
+    return _table(("", "measured", "at least", "aim", ""), rows)
+
+
+def network_rows() -> str:
+    """Milliseconds and memory of every contender, case by case."""
+    found = _network()
+    if found is None:
+        return _not_yet(_NETWORK_COMMAND)
+    results = found[1]
+    rows = []
+    for batch, size in results.cases():
+        case = f"{size[0]} px, batch {batch}"
+        for row in sorted(results.of((batch, size)), key=lambda row: (row.model[-2:], row.role, row.contender)):
+            if row.failed or row.ms is None or row.latency_ms is None:
+                rows.append((case, row.contender, "failed", "", "", ""))
+                continue
+            memory = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+            speed = f"{row.images_per_s:,.0f}"
+            rows.append((case, row.contender, f"{row.latency_ms['p50']:.2f}", f"{row.ms:.2f}", speed, memory))
+    return _table(("case", "contender", "p50 ms", "busy ms", "images/s", "MiB"), rows)
+
+
+def network_crossover() -> str:
+    """From which image size on Vim is the faster one."""
+    found = _network()
+    if found is None:
+        return _not_yet(_NETWORK_COMMAND)
+    words = {"flash": "flash attention", "unfused": "attention unfused"}
+    rows = [
+        (entry["model"], str(entry["batch"]), words[entry["against"]], f"{entry['px']:.0f} px")
+        for entry in found[0]["crossovers"]
+    ]
+    return _table(("model", "batch", "DeiT with", "Vim is faster from"), rows)
+
+
+def network_host() -> str:
+    found = _network()
+    if found is None:
+        return _not_yet(_NETWORK_COMMAND)
+    host = found[0]["host"]
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
+    parity = "; ".join(
+        f"{entry['model']} {entry['px']} px {entry['dtype']}: "
+        + (f"max abs {entry['max_abs']:.1e}" if entry["dtype"] == "float32" else f"rel rms {entry['rel_rms']:.1e}")
+        for entry in found[0]["parity"]
+    )
+    return (
+        f"\n`benchmarks/results/{NETWORK.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
+        f"commit {host['commit']}, {host['date']}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
+    )
+
+
+def scan() -> str:
+    """Both directions of a layer's scan, ours and mamba-ssm's kernel."""
+    values = _read(SCAN)
+    if values is None:
+        return _not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h100-fp16.json")
+    wanted = [(m, b, n) for n, batches in ((197, (1, 64)), (6085, (1, 8))) for b in batches for m in ("Ti", "S", "B")]
+    found = {(r["model"], r["batch"], r["length"]): r for r in values["compare"] if r["dtype"] == "float16"}
+    rows = []
+    for key in wanted:
+        row = found.get(key)
+        if row is not None and "mamba_us" in row:
+            ratio = f"{row['mamba_us'] / row['fused_us']:.1f} {_TIMES}"
+            rows.append(
+                (f"Vim-{key[0]}", str(key[1]), str(key[2]), f"{row['fused_us']:.1f}", f"{row['mamba_us']:.1f}", ratio)
+            )
+    source = f"\n`benchmarks/results/{SCAN.name}`: {values['card']}, torch {values['torch']}, {values['date']}.\n"
+    return source + _table(("model", "batch", "tokens", "ours, us", "mamba-ssm, us", "ratio"), rows)
+
+
+def fused() -> str:
+    """The small operators around the scan, and PyTorch's."""
+    values = _read(FUSED)
+    if values is None:
+        return _not_yet("python benchmarks/fused.py --output benchmarks/results/fused-h100.json")
+    rows = [
+        (r["op"], f"Vim-{r['model']}", str(r["batch"]), str(r["length"]), f"{r['us']:.1f}", f"{r['torch_us']:.1f}",
+         f"{r['memory_us']:.1f}")
+        for r in values["rows"]
+        if (r["batch"], r["length"]) in ((1, 197), (64, 197), (8, 6085))
+    ]  # fmt: skip
+    source = f"\n`benchmarks/results/{FUSED.name}`: {values['card']}, torch {values['torch']}, {values['date']}.\n"
+    header = ("operator", "model", "batch", "tokens", "ours, us", "PyTorch, us", "memory alone, us")
+    return source + _table(header, rows)
+
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "network-table": network_table,
+    "network-rows": network_rows,
+    "network-crossover": network_crossover,
+    "network-host": network_host,
+    "scan": scan,
+    "fused": fused,
+}
+
+
+def figures() -> dict[str, str]:
+    """README's two figures, Vim-Ti at batch 8, as SVG by file name; none before there are results."""
+    found = _network()
+    if found is None:
+        return {}
+    from vimdeploy.report.plots import LATENCY, MEMORY, curves_svg, has_curve
+
+    results = found[1]
+    shown = (
+        "on vimdeploy's kernels",
+        "on vimdeploy's kernels, two streams",
+        "as published",
+        "flash attention",
+        "attention unfused",
+    )
+    rows: tuple[Row, ...] = tuple(r for r in results.rows if "-Ti" in r.contender and r.contender.endswith(shown))
+    chosen = Results(results.host, results.settings, rows)
+    return {
+        f"vim-ti-{quantity.key}.svg": curves_svg(chosen, 8, quantity, background="white")
+        for quantity in (LATENCY, MEMORY)
+        if has_curve(chosen, 8, quantity)
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = PAGE.read_text()
+    filled = fill(text)
+    if arguments.check:
+        if filled != text:
+            print(f"{PAGE.relative_to(ROOT)} is not what the results say: python benchmarks/performance_page.py")
+        return int(filled != text)
+    PAGE.write_text(filled)
+    for name, svg in figures().items():
+        IMAGES.mkdir(exist_ok=True)
+        (IMAGES / name).write_text(svg)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
