@@ -1,7 +1,7 @@
 """INT8 on a CPU: what each step of the recipe is worth, what it costs to make, and how fast the file is.
 
   python benchmarks/int8.py -o benchmarks/results/int8-cpu-NAME.json        all of it, about ten minutes on two cores
-  python benchmarks/int8.py --only speed --seconds 2                        accuracy | speed
+  python benchmarks/int8.py --only speed --seconds 2                        accuracy | speed; of -o the other part stays
 
 accuracy  the shipped digits model, and the same with outlier channels put in (tests/outliers.py), quantized in each
           way on 256 images, every layer in int8; top-1 of the 1,000 held-out images on ONNX Runtime.
@@ -125,7 +125,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=10.0, help="a contender and number of threads")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args()
-    result: dict[str, Any] = {"host": describe_host(), "int8_products": "exact, slower" if int8_overflows() else "VNNI"}
+    result: dict[str, Any] = {}
+    if options.only and options.output and options.output.is_file():
+        result = json.loads(options.output.read_text())
+    result |= {"host": describe_host(), "int8_products": "exact, slower" if int8_overflows() else "VNNI"}
     with tempfile.TemporaryDirectory() as name:
         for part in options.only or ("accuracy", "speed"):
             folder = Path(name)

@@ -1,4 +1,4 @@
-"""The whole way of one model, as `make demo` shows it: inspect, export, verify, run, eval.
+"""The whole way of one model, as `make demo` shows it: inspect, export, verify, run, eval, quantize.
 
 Every step is the command a user would type, run in the folder demo/ on the trained digits model that comes with the
 repository. Takes about half a minute on two cores.
@@ -63,6 +63,10 @@ def main() -> None:
     print("\n5. All 1,000 held-out images, with vimdeploy's library and on the file's function body:")
     vimdeploy("eval", "ckpt.vim", str(HELD_OUT), "--min-top1", "97")
     vimdeploy("eval", "ckpt.vim", str(HELD_OUT), "--no-library", "--min-top1", "97")
+
+    print("\n6. The same in int8, calibrated on 256 images, beside fp32 on the held-out ones:")
+    vimdeploy("quantize", "ckpt.vim", "--calib", "digits")
+    vimdeploy("eval", "ckpt.vim/model.int8.onnx", str(HELD_OUT), "--against", "ckpt.vim", "--min-top1", "96.5")
 
     print(f"\nDone in {time.perf_counter() - started:.0f} s. With your own checkpoint, you would type:\n")
     print("  vimdeploy export ckpt.pth")

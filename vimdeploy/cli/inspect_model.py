@@ -36,6 +36,7 @@ def describe_model(path: Path) -> dict[str, Any]:
         "input": {"name": image.name, "shape": sides},
         "output": info.output,
         "precision": info.precision,
+        "quantization": info.quantization,
         "fusion": info.fusion,
         "fallback": info.fallback,
         "opset": model.opset_imports[""],
@@ -66,8 +67,17 @@ def show(report: dict[str, Any]) -> None:
             "graph",
             f"{report['nodes']} nodes, opset {report['opset']}, {report['precision']}, fusion {report['fusion']}",
         ),
+        *([("int8", _int8(report["quantization"]))] if report["quantization"] else []),
         ("operators", ops),
         ("fallback", f"{report['fallback']}: bodies of {bodies}" if bodies else "none: needs vimdeploy's library"),
     ]
     out.print(render.facts(facts))
     out.print(f"\nNext:\n  vimdeploy verify parity {shlex.quote(report['file'])}", highlight=False)
+
+
+def _int8(made: dict[str, Any]) -> str:
+    """What a quantized file says of its making."""
+    kept = f"; in {', '.join(made['keep_fp'])} not" if made.get("keep_fp") else ""
+    images = made.get("calibrated_on", {}).get("images", "?")
+    found = f", {made['sqnr_db']:.1f} dB from fp32 there" if "sqnr_db" in made else ""
+    return f"in {made.get('int8', '?')} layers{kept}; calibrated on {images} images{found}"

@@ -3,6 +3,7 @@
     Before: int8 W (K, N) -> DequantizeLinear <axis = 1> --------------------------------------> MatMul
     After:  fp32 W^T (N, K) -> QuantizeLinear -> DequantizeLinear <axis = 0> -> Transpose -----> MatMul
 
+Their parser says "invalid weights type of Int8" (NVIDIA/TensorRT#2163, microsoft/onnxruntime#11535: 8.4 and older).
 Exact: the floats are what the int8 values stand for, and the same scales turn them into the same int8 values again.
 The builder does that and stores int8, so the engine is as small. The transposed form is how PyTorch's quantized Linear
 layers reach TensorRT, whose scales it expects along the first axis. Convolutions keep their layout.

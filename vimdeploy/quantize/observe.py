@@ -13,8 +13,8 @@ from vimdeploy.errors import CheckFailed
 from vimdeploy.passes.projections import Projection
 from vimdeploy.quantize.session import GraphSession
 
-#: Tokens kept of each layer, over all images: enough for a 99.9 percentile of a layer of any width, and 100 MB at most
-#: for Vim-S.
+#: Tokens kept of each layer, over all images: enough for a high percentile of a layer of any width, and little enough
+#: to keep those of all layers (0.2 GB for in_proj and out_proj of Vim-S).
 ROWS = 2048
 
 

@@ -1,0 +1,116 @@
+"""Fills the marked regions of docs/how-to/quantize.md from benchmarks/results/int8-*.json.
+
+  python benchmarks/int8_page.py           rewrite the regions
+  python benchmarks/int8_page.py --check   exit 1 when the page is not what the results files say
+
+A region lies between `<!-- figures: NAME -->` and `<!-- end -->`, as in docs/performance.md; tests/docs checks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "how-to" / "quantize.md"
+RESULTS = ROOT / "benchmarks" / "results"
+CPU, CARD = RESULTS / "int8-cpu-epyc.json", RESULTS / "int8-trt85-h100.json"
+
+_REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str) -> str:
+    """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
+    return _REGION.sub(lambda match: match[1] + REGIONS[match[2]]() + match[4], text)
+
+
+def accuracy() -> str:
+    """Step by step: top-1 and signal to noise, of the model as trained and with outlier channels."""
+    values = _read(CPU)
+    if values is None or "accuracy" not in values:
+        return _not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
+    found: dict[str, dict[str, Any]] = {}
+    for row in values["accuracy"]["steps"]:
+        found.setdefault(row["step"], {})[row["model"]] = row
+    rows = []
+    for step, models in found.items():
+        cells = []
+        for model in ("clean", "outliers"):
+            row = models[model]
+            low, high = row["interval"]
+            cells += [f"{-row['points'] + 0:+.1f} ({-high:+.1f} to {-low:+.1f})", f"{row['sqnr_db']:.1f} dB"]
+        rows.append((step, *cells))
+    return _table(("", "top-1, points", "SQNR", "with outliers: top-1", "SQNR"), rows)
+
+
+def speed() -> str:
+    """fp32 and int8 on the CPU."""
+    values = _read(CPU)
+    if values is None or "speed" not in values:
+        return _not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
+    found, host = values["speed"], values["host"]
+    rows = [
+        (f"{threads} thread{'s' if threads != '1' else ''}", name, f"{t['p50']:.1f}", f"{t['times_fp32']:.2f}")
+        for threads, contenders in found["milliseconds"].items()
+        for name, t in contenders.items()
+    ]
+    sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in found["bytes"].items())
+    took = found["calibration"]
+    return (
+        f"\n{found['model']}; {host['cpu']['name']}, {host['cpu']['cores']} cores, ONNX Runtime "
+        f"{host['versions']['onnxruntime']}, {host['date']} (`benchmarks/results/{CPU.name}`).\n"
+        + _table(("", "", "ms", "times as fast as fp32"), rows)
+        + f"Files: {sizes}. Calibrating on {took['images']} images took {took['total_s']:.0f} s.\n\n"
+    )
+
+
+def card() -> str:
+    """TensorRT 8.5 on an H100: accuracy, speed and size."""
+    values = _read(CARD)
+    if values is None:
+        return _not_yet("tests/gpu/int8_trt85.sh PLUGIN benchmarks/results/int8-trt85-h100.json")
+    rows = []
+    for step, row in values["steps"].items():
+        if "accuracy" in row:
+            a = row["accuracy"]
+            rows.append((step, f"top-1 {a['top1_reference']:.2%} to {a['top1']:.2%}, SQNR {a['sqnr_db']:.1f} dB"))
+        elif "times_fp16" in row:
+            rows.append(
+                (step, f"{row['times_fp16']:.2f} times as fast as fp16, plan {row['size_of_fp16']:.2f} of fp16's")
+            )
+        else:
+            rows.append((step, "; ".join(row["failures"])))
+    return _table(("step", values["card"]), rows)
+
+
+REGIONS = {"int8-accuracy": accuracy, "int8-speed": speed, "int8-card": card}
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _not_yet(command: str) -> str:
+    return f"\n*Not measured yet: `{command}`.*\n\n"
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def main() -> int:
+    before = PAGE.read_text()
+    after = fill(before)
+    if "--check" in sys.argv:
+        return int(before != after)
+    PAGE.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
