@@ -15,7 +15,6 @@ from vimdeploy.export.exporter import ExportOptions, export_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "examples" / "digits" / "vim_digits.pth"
-CALIBRATION, HELD_OUT = ROOT / "calib" / "digits" / "train", ROOT / "calib" / "digits" / "val"
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,13 @@ def test_more_than_half_of_the_layers_is_no_int8_model() -> None:
         search({f"l{i}": 1 for i in range(19)}, 1.0)
 
 
+def test_more_than_is_needed_stays_out_when_asked_for() -> None:
+    (names, _), _ = search({"l3": 5, "l7": 4}, 4.0, at_least=4)
+    assert len(names) == 4 and {"l3", "l7"} <= set(names)
+    with pytest.raises(CheckFailed, match="with 10 of 20 layers left in fp32"):
+        search({"l3": 5}, 100.0, at_least=11)
+
+
 def test_without_labels_the_drop_is_what_changed_class() -> None:
     board = Board(LAYERS, {"l0": 3})
     names, cost = keep_out(board, np.zeros(1), board.run(np.zeros(1), []), None, ["l0", "l1"], 2.0)  # type: ignore[arg-type]

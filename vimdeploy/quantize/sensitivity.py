@@ -83,11 +83,13 @@ def keep_out(
     most = len(candidates) // 2
     high = min(at_least, most)
     low, found = high - 1, measured(high)
-    while found[1].points > max_drop:
+    while found[1].points > max_drop or high < at_least:
         if high == most:
+            # By the switches it may be enough where the caller knows that it is not.
+            cost = f"{found[1].points:.2f}" if found[1].points > max_drop else f"more than {max_drop:g}"
             raise CheckFailed(
-                f"int8 costs {found[1].points:.2f} points of top-1 with {most} of {len(board.layers)} layers left in "
-                f"fp32, and {max_drop:g} are allowed",
+                f"int8 costs {cost} points of top-1 with {most} of {len(board.layers)} layers left in fp32, and "
+                f"{max_drop:g} are allowed",
                 hint="allow more with --max-drop, or calibrate on images like those the model was trained on",
             )
         low, high = high, min(max(1, 2 * high), most)
