@@ -28,6 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 NETWORK = RESULTS / "network-h100-fp16.json"
 SCAN = RESULTS / "scan-h100-fp16.json"
 FUSED = RESULTS / "fused-h100.json"
+CPU = RESULTS / "cpu-epyc.json"
 
 _REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _TIMES = "\N{MULTIPLICATION SIGN}"
@@ -162,6 +163,25 @@ def fused() -> str:
     return source + _table(header, rows)
 
 
+def cpu() -> str:
+    """Time and memory of whole networks on a CPU, and how many times as long and as much as ours each takes."""
+    found = _read(CPU)
+    if found is None:
+        return _not_yet(f"python benchmarks/cpu.py --output {CPU.relative_to(ROOT)}")
+    rows = []
+    for run in found["network"]:
+        ours = next(row for row in run["rows"] if "-full-" in row["contender"] and row["role"] == "artifact")
+        for row in run["rows"]:
+            name = re.sub(r"^vim_(tiny|small)-(full|none)-\d+", r"Vim, fusion \2", row["contender"])
+            name = re.sub(r"^deit_(tiny|small)", "DeiT", name).removesuffix(", onnxruntime")
+            case = (f"Vim-{run['model']}, {row['img_size'][0]} px", str(run["threads"]), name)
+            rows.append((*case, f"{row['ms']:.1f}", f"{row['ms'] / ours['ms']:.2f} {_TIMES}", f"{row['peak_mib']:.0f}"))
+    told = f"\n`{CPU.relative_to(ROOT)}`: {found['cpu']}, ONNX Runtime {found['versions']['onnxruntime']}, "
+    told += f"{found['date']}; "
+    header = ("model", "threads", "contender", "ms", "against ours", "peak MiB")
+    return told + "fp32, batch 1.\n" + _table(header, rows)
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "network-table": network_table,
     "network-rows": network_rows,
@@ -169,6 +189,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "network-host": network_host,
     "scan": scan,
     "fused": fused,
+    "cpu": cpu,
 }
 
 
