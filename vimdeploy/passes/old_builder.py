@@ -1,13 +1,13 @@
-"""Two rewrites that let TensorRT 8's builder do without its own compilers, which take a minute for them.
+"""Two rewrites that let TensorRT 8's builder do without its own compilers: the digits model fell from 111 s to 36 s.
 
 1. The first block has no residual to add, so fuse_norm.py leaves its norm; 8.5 compiles that chain of pointwise layers
-   once for each of thirty tactics and three types (40 s of a build of 110 s). The sum before it is one, of the tokens
-   and the position table:
+   once for each of thirty tactics and three types. The sum before it is one, of the tokens and the position table:
 
     Before: Add (tokens, table) -> x; Mul (x, x) -> ReduceMean -> ... -> n
     After:  AddRMSNorm (tokens, Expand (table), weight) -> n, x
 
-2. A Gather of one token goes, with the MatMul after it, to Myelin, and costs another 30 s:
+2. A Gather of one token goes, with the MatMul after it, to Myelin, which shows the inspector no precision and cannot be
+   had without cuBLASLt:
 
     Before: Gather <axis = 1> (y (B, L, C), position)
     After:  Slice (position : position + 1) -> Reshape (0, C)
