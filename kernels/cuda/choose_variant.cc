@@ -44,6 +44,14 @@ constexpr struct {
 #undef VIM_LANES
 };
 
+constexpr struct {
+  int lanes, channels, tile, items;
+} kStatesInstances[] = {
+#define VIM_STATES(lanes, channels, tile, items, blocks) {lanes, channels, tile, items},
+    VIM_STATES_INSTANCES(VIM_STATES)
+#undef VIM_STATES
+};
+
 }  // namespace
 
 bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
@@ -54,6 +62,15 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
     if (sizes.row_alignment < 16) return false;
     if (variant.channels != 1 && !(variant.channels == 2 && sizes.element_bytes == 2)) return false;
     return sizes.groups == 1 || per_group % (64 * variant.channels) == 0;
+  }
+  if (variant.form == VIM_SCAN_STATES) {
+    bool instance = false;
+    for (const auto& each : kStatesInstances)
+      instance |= each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
+                  each.items == variant.split;
+    if (!instance || sizes.row_alignment < 4 * sizes.element_bytes) return false;
+    if (sizes.groups != 1 && per_group % variant.channels != 0) return false;
+    return (sizes.pair ? 2 : 1) * StatesSizes::Bytes(variant.channels, variant.tokens) <= SharedLimit(sm);
   }
   if (variant.form != VIM_SCAN_LANES) return false;
   bool instance = false;

@@ -34,6 +34,40 @@ struct Sizes {
   X(16, 16, 16)                \
   X(16, 32, 6)
 
+// Instances of the states form, (lanes, channels, tile, items, blocks an SM is to hold).
+#define VIM_STATES_INSTANCES(X) \
+  X(16, 4, 32, 1, 2)            \
+  X(16, 4, 64, 1, 2)            \
+  X(16, 4, 128, 2, 2)           \
+  X(16, 8, 32, 1, 1)            \
+  X(16, 8, 64, 2, 1)            \
+  X(16, 12, 32, 1, 1)           \
+  X(16, 12, 64, 2, 1)           \
+  X(8, 4, 64, 1, 3)             \
+  X(8, 8, 32, 1, 3)             \
+  X(8, 8, 32, 2, 3)             \
+  X(8, 8, 64, 2, 3)             \
+  X(8, 16, 32, 2, 2)            \
+  X(4, 8, 32, 2, 4)             \
+  X(4, 16, 32, 2, 3)            \
+  X(4, 16, 32, 4, 3)            \
+  X(4, 32, 32, 4, 2)            \
+  X(2, 16, 32, 2, 3)            \
+  X(2, 32, 32, 4, 2)
+
+// Threads, registers and shared memory of the states form.
+struct StatesSizes {
+  static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
+  static constexpr int Scanning(int lanes, int channels) { return lanes * channels; }  // threads of one direction
+  static constexpr int Helping(int channels, int tile, int items) { return tile * channels / 4 / items; }
+  static constexpr int Threads(int lanes, int channels, int tile, int items, int directions) {
+    return directions * (Scanning(lanes, channels) + Helping(channels, tile, items));
+  }
+  static constexpr size_t Bytes(int channels, int tile) {  // of one direction
+    return size_t{4} * 2 * (32 + 3 * channels) * (tile + kPad);
+  }
+};
+
 constexpr int kLanesMaxThreads = 384;  // leaves a thread 168 registers
 
 // Whether `variant` can run these sizes on this SM.

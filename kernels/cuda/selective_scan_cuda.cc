@@ -153,6 +153,8 @@ cudaError_t LaunchForm(const Params& params, const vim_scan_variant& variant, cu
       return vim::cuda::LaunchSequential<IO>(params, variant.channels, stream);
     case VIM_SCAN_LANES:
       return vim::cuda::LaunchLanes<IO>(params, variant, stream);
+    case VIM_SCAN_STATES:
+      return vim::cuda::LaunchStates<IO>(params, variant, stream);
     default:
       return vim::cuda::LaunchGeneric<IO>(params, stream);
   }

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-GENERIC, SEQUENTIAL, LANES = 0, 1, 2
+GENERIC, SEQUENTIAL, LANES, STATES = 0, 1, 2, 3
 OK, UNSUPPORTED, LAUNCH_FAILED = 0, 1, 2
 
 _i64, _i32, _f32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
@@ -27,6 +27,8 @@ class Variant(ctypes.Structure):
             return "generic"
         if self.form == SEQUENTIAL:
             return f"sequential x{self.channels}"
+        if self.form == STATES:
+            return f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split}"
         return f"lanes {self.lanes}x{self.tokens} ch{self.channels} split{self.split}" + " cluster" * self.cluster
 
     def fields(self) -> tuple[int, ...]:
@@ -41,11 +43,22 @@ def lanes(lanes: int, tokens: int, channels: int = 8, split: int = 1, cluster: i
     return Variant(LANES, channels, lanes, tokens, split, cluster)
 
 
+def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
+    return Variant(STATES, channels, lanes, tile, items, 0)
+
+
+# (lanes, channels, tile, items), as VIM_STATES_INSTANCES in kernels/cuda/choose_variant.h.
+STATES_INSTANCES = [(16, 4, 32, 1), (16, 4, 64, 1), (16, 4, 128, 2), (16, 8, 32, 1), (16, 8, 64, 2), (16, 12, 32, 1)]
+STATES_INSTANCES += [(16, 12, 64, 2), (8, 4, 64, 1), (8, 8, 32, 1), (8, 8, 32, 2), (8, 8, 64, 2), (8, 16, 32, 2)]
+STATES_INSTANCES += [(4, 8, 32, 2), (4, 16, 32, 2), (4, 16, 32, 4), (4, 32, 32, 4), (2, 16, 32, 2), (2, 32, 32, 4)]
+
 # (lanes, tokens, channels), as VIM_LANES_INSTANCES in kernels/cuda/choose_variant.h.
 INSTANCES = [(32, 7, 6), (32, 7, 12), (8, 13, 8), (8, 13, 16), (16, 13, 6), (16, 13, 12), (16, 13, 16)]
 INSTANCES += [(8, 16, 8), (8, 16, 16), (16, 16, 12), (16, 16, 16), (32, 16, 6)]
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]
+SINGLE_VARIANTS += [states(*each) for each in STATES_INSTANCES]
+PAIR_VARIANTS += [states(*each) for each in STATES_INSTANCES]
 PAIR_VARIANTS += [lanes(w, t, c, s, k) for w, t, c in INSTANCES for s in (1, 2, 4) for k in (0, 1)]
 
 

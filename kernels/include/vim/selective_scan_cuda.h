@@ -36,6 +36,7 @@ typedef enum vim_scan_form {
   VIM_SCAN_GENERIC = 0,    /* any states, groups, strides; one warp a row */
   VIM_SCAN_SEQUENTIAL = 1, /* channels across threads, 16 states in registers */
   VIM_SCAN_LANES = 2,      /* a row's tokens across the lanes of a warp */
+  VIM_SCAN_STATES = 3,     /* a row's states across lanes, the rest in helper warps */
 } vim_scan_form;
 
 typedef struct vim_scan_variant {
