@@ -108,6 +108,8 @@ def network_crossover() -> str:
         (entry["model"], str(entry["batch"]), words[entry["against"]], f"{entry['px']:.0f} px")
         for entry in found[0]["crossovers"]
     ]
+    if not rows:
+        return "\nNone in this file; `--only sweep` measures batch 8 over the image sizes.\n\n"
     return _table(("model", "batch", "DeiT with", "Vim is faster from"), rows)
 
 

@@ -230,14 +230,8 @@ __global__ void __launch_bounds__(kLanesMaxThreads, 1)
         value[t] = E::ToFloat4(
             *reinterpret_cast<const typename E::Bits4*>(&shared.rows[row * Shared::kRowElements + four * 4]));
       }
-      float* const to = shared.planes + four * 4 * Shared::kPlaneFloats + quad * Shared::kQuadFloats + to_lane * 4;
-      *reinterpret_cast<float4*>(to) = make_float4(value[0].x, value[1].x, value[2].x, value[3].x);
-      *reinterpret_cast<float4*>(to + Shared::kPlaneFloats) =
-          make_float4(value[0].y, value[1].y, value[2].y, value[3].y);
-      *reinterpret_cast<float4*>(to + 2 * Shared::kPlaneFloats) =
-          make_float4(value[0].z, value[1].z, value[2].z, value[3].z);
-      *reinterpret_cast<float4*>(to + 3 * Shared::kPlaneFloats) =
-          make_float4(value[0].w, value[1].w, value[2].w, value[3].w);
+      StoreTransposed(shared.planes + four * 4 * Shared::kPlaneFloats + quad * Shared::kQuadFloats + to_lane * 4,
+                      Shared::kPlaneFloats, value);
     }
 
     // This lane's tokens.

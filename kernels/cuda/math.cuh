@@ -9,6 +9,14 @@
 
 namespace vim::cuda {
 
+// Four rows of four, transposed into four rows `pitch` floats apart.
+__device__ __forceinline__ void StoreTransposed(float* to, int pitch, const float4 (&rows)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(rows[0].x, rows[1].x, rows[2].x, rows[3].x);
+  *reinterpret_cast<float4*>(to + pitch) = make_float4(rows[0].y, rows[1].y, rows[2].y, rows[3].y);
+  *reinterpret_cast<float4*>(to + 2 * pitch) = make_float4(rows[0].z, rows[1].z, rows[2].z, rows[3].z);
+  *reinterpret_cast<float4*>(to + 3 * pitch) = make_float4(rows[0].w, rows[1].w, rows[2].w, rows[3].w);
+}
+
 constexpr float kLog2e = 1.44269504f;
 constexpr int kStates = 16;  // of the two fast forms
 

@@ -215,12 +215,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
       float4 value[4];
 #pragma unroll
       for (int t = 0; t < 4; ++t) value[t] = E::ToFloat4(raw.states[j][t]);
-      float* const to = &shared.states[buffer][four_of(j) * 4][states_row(j)];
-      constexpr int kPitch = shared.kPitch;
-      *reinterpret_cast<float4*>(to) = make_float4(value[0].x, value[1].x, value[2].x, value[3].x);
-      *reinterpret_cast<float4*>(to + kPitch) = make_float4(value[0].y, value[1].y, value[2].y, value[3].y);
-      *reinterpret_cast<float4*>(to + 2 * kPitch) = make_float4(value[0].z, value[1].z, value[2].z, value[3].z);
-      *reinterpret_cast<float4*>(to + 3 * kPitch) = make_float4(value[0].w, value[1].w, value[2].w, value[3].w);
+      StoreTransposed(&shared.states[buffer][four_of(j) * 4][states_row(j)], shared.kPitch, value);
     }
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -251,7 +246,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   auto load_gate = [&] {
 #pragma unroll
     for (int j = 0; j < kItems; ++j)
-      if (z && inside && finish_token + sign * j * kRowStep < p.length)
+      if (p.z && inside && finish_token + sign * j * kRowStep < p.length)
         gate[j] = *reinterpret_cast<const Bits4*>(z + j * z_row);
   };
   auto finish = [&](int walk, bool first, const Bits4(&raw_u)[kItems]) {
@@ -270,7 +265,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
         const float through[4] = {gate4.x, gate4.y, gate4.z, gate4.w};
 #pragma unroll
         for (int e = 0; e < 4; ++e) value[e] = (value[e] + rest[e]) * scale[e];
-        if (z) {
+        if (p.z) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) value[e] *= Silu(through[e]);
         }

@@ -48,9 +48,7 @@ def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
 
 
 # (lanes, channels, tile, items), as VIM_STATES_INSTANCES in kernels/cuda/choose_variant.h.
-STATES_INSTANCES = [(16, 4, 32, 1), (16, 4, 64, 1), (16, 4, 128, 2), (16, 8, 32, 1), (16, 8, 64, 2), (16, 12, 32, 1)]
-STATES_INSTANCES += [(16, 12, 64, 2), (8, 4, 64, 1), (8, 8, 32, 1), (8, 8, 32, 2), (8, 8, 64, 2), (8, 16, 32, 2)]
-STATES_INSTANCES += [(4, 8, 32, 2), (4, 16, 32, 2), (4, 16, 32, 4), (4, 32, 32, 4), (2, 16, 32, 2), (2, 32, 32, 4)]
+STATES_INSTANCES = [(16, 12, 64, 2), (8, 8, 32, 1), (4, 16, 32, 2), (2, 16, 32, 2), (2, 32, 32, 4)]
 
 # (lanes, tokens, channels), as VIM_LANES_INSTANCES in kernels/cuda/choose_variant.h.
 INSTANCES = [(32, 7, 6), (32, 7, 12), (8, 13, 8), (8, 13, 16), (16, 13, 6), (16, 13, 12), (16, 13, 16)]

@@ -172,6 +172,17 @@ def test_optional_inputs(skip, bias, gate, generator):
         check_one(directions[0], z, variant, reverse=False)
 
 
+def test_a_gate_that_is_not_there_is_not_read_whatever_its_strides_say(generator):
+    directions = [ref.make_direction(2, 161, 64, torch.float16, generator=generator) for _ in "fb"]
+    wanted = ref.scan_f64(directions[0]) + ref.scan_f64(directions[1], reverse=True)
+    for variant in [None, lib.Variant(), *lib.PAIR_VARIANTS]:
+        y = ref.Guarded((2, 161, 64), torch.float16)
+        call = lib.Call(directions, None, y.view)
+        call.desc.z_batch_stride = call.desc.z_token_stride = 1 << 20
+        if call.run(variant) == lib.OK:
+            assert ref.relative_rms(y.view, wanted) < 5e-4, variant
+
+
 def test_strides_and_odd_pointers(generator):
     """Slices of wider rows, pointers off by one element, negative token strides: right, by whichever form."""
     for dtype in DTYPES:
