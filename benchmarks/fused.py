@@ -1,7 +1,7 @@
 """Times the fused convolution and the fused norm on a CUDA card, against memory and against PyTorch's own operators.
 
   tests/gpu/run.sh -k choice                       builds build/gpu/out/libvimdeploy_cuda.so (or set VIM_CUDA_LIBRARY)
-  python benchmarks/fused.py --output benchmarks/results/fused-h100.json
+  python benchmarks/fused.py --output benchmarks/results/fused-h200.json
 
 As in a Vim layer: the convolution reads the first half of in_proj's rows and writes both directions' u; the norm adds
 fp16 h to the fp32 residual. PyTorch does what the unfused graph says: a depthwise convolution and SiLU a direction; an

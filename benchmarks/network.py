@@ -1,7 +1,7 @@
 """The whole network on a CUDA card: Vim on vimdeploy's kernels against DeiT and against Vim as published.
 
   tests/gpu/run.sh -k choice         builds build/gpu/out/libvimdeploy_cuda.so (or set VIMDEPLOY_CUDA_LIBRARY)
-  python benchmarks/network.py -o benchmarks/results/network-h100-fp16.json      all of it, about 5 minutes
+  python benchmarks/network.py -o benchmarks/results/network-h200-fp16.json      all of it, about 5 minutes
   python benchmarks/network.py --only 1248 --only latency --seconds 0.5 --mamba libmamba.so ...
 
 fp16, random weights (no figure depends on them), images already on the card. The contenders of a case take turns

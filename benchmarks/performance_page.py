@@ -25,9 +25,9 @@ from vimdeploy.bench.results import Results, Row  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results"
-NETWORK = RESULTS / "network-h100-fp16.json"
-SCAN = RESULTS / "scan-h100-fp16.json"
-FUSED = RESULTS / "fused-h100.json"
+NETWORK = RESULTS / "network-h200-fp16.json"
+SCAN = RESULTS / "scan-h200-fp16.json"
+FUSED = RESULTS / "fused-h200.json"
 CPU = RESULTS / "cpu-epyc.json"
 
 _REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -62,7 +62,7 @@ def _network() -> tuple[dict[str, Any], Results] | None:
     return None if values is None else (values, Results.from_dict(values, str(NETWORK)))
 
 
-_NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h100-fp16.json"
+_NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h200-fp16.json"
 
 
 def network_table() -> str:
@@ -134,7 +134,7 @@ def scan() -> str:
     """Both directions of a layer's scan, ours and mamba-ssm's kernel."""
     values = _read(SCAN)
     if values is None:
-        return _not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h100-fp16.json")
+        return _not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h200-fp16.json")
     wanted = [(m, b, n) for n, batches in ((197, (1, 64)), (6085, (1, 8))) for b in batches for m in ("Ti", "S", "B")]
     found = {(r["model"], r["batch"], r["length"]): r for r in values["compare"] if r["dtype"] == "float16"}
     rows = []
@@ -153,7 +153,7 @@ def fused() -> str:
     """The small operators around the scan, and PyTorch's."""
     values = _read(FUSED)
     if values is None:
-        return _not_yet("python benchmarks/fused.py --output benchmarks/results/fused-h100.json")
+        return _not_yet("python benchmarks/fused.py --output benchmarks/results/fused-h200.json")
     rows = [
         (r["op"], f"Vim-{r['model']}", str(r["batch"]), str(r["length"]), f"{r['us']:.1f}", f"{r['torch_us']:.1f}",
          f"{r['memory_us']:.1f}")

@@ -1,8 +1,9 @@
 """Times the selective scan on a CUDA card: ours against mamba-ssm's kernel and a sequential kernel.
 
   tests/gpu/run.sh -k choice                       builds build/gpu/out/libvimdeploy_cuda.so (or set VIM_CUDA_LIBRARY)
-  python benchmarks/scan.py --mamba libmamba.so --output benchmarks/results/scan-h100.json
-  python benchmarks/scan.py --tune --output ...    every variant on the grid; writes kernels/cuda/variant_table.inc
+  python benchmarks/scan.py --mamba libmamba.so --output benchmarks/results/scan-h200.json
+  python benchmarks/scan.py --tune --output ...    every variant on the grid; writes kernels/cuda/variant_table.inc,
+                                                   unless options make the grid smaller
 
 Both directions of a Vim layer with z gate, D, bias and softplus, N = 16, B and C read from x_proj's rows (ours and the
 sequential kernel) or contiguous (batch, 1, 16, length) as Vim hands them to mamba-ssm. Every figure is the median over
@@ -383,7 +384,7 @@ def main() -> None:
             result["compare"] = []
             compare(arguments, anchor, mamba, result["rates"], l2_bytes, result["compare"], save)
         save()
-    if arguments.tune:
+    if arguments.tune and (arguments.models, arguments.batches, arguments.lengths) == (list(MODELS), BATCHES, LENGTHS):
         write_table(result["tune"], f"benchmarks/results/{arguments.output.name}")
 
 

@@ -69,6 +69,7 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
       instance |= each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
                   each.items == variant.split;
     if (!instance || sizes.row_alignment < 4 * sizes.element_bytes) return false;
+    if (sizes.longest_row > StatesSizes::kLongestRow) return false;
     if (sizes.groups != 1 && per_group % variant.channels != 0) return false;
     return (sizes.pair ? 2 : 1) * StatesSizes::Bytes(variant.channels, variant.tokens) <= SharedLimit(sm);
   }

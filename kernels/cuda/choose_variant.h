@@ -16,31 +16,29 @@ struct Sizes {
   bool pair;
   int row_alignment;    // bytes, at most 16: what divides the rows of u, delta, z and y, and channels
   bool states_aligned;  // rows of B and C start on four states
+  int64_t longest_row;  // elements from a token to the next, of any operand
 };
 
-// Instances of the lanes form, (tokens, lanes, channels). 6 and 12 channels a block spread Vim's 384, 768 and 1536
-// channels at batch 1 over 128 of an H100's 132 SMs.
+// Of the instances tried, those that won somewhere (benchmarks/results/scan-tune-h200.json has them all).
+//
+// Instances of the lanes form, (tokens, lanes, channels). 6 and 12 channels a block spread Vim's 384 and 768 channels
+// at batch 1 over 128 of an H100's 132 SMs.
 #define VIM_LANES_INSTANCES(X) \
-  X(7, 32, 6)                  \
-  X(7, 32, 12)                 \
-  X(13, 8, 8)                  \
   X(13, 8, 16)                 \
   X(13, 16, 6)                 \
   X(13, 16, 12)                \
-  X(13, 16, 16)                \
-  X(16, 8, 8)                  \
   X(16, 8, 16)                 \
-  X(16, 16, 12)                \
-  X(16, 16, 16)                \
   X(16, 32, 6)
 
-// Instances of the states form, (lanes, channels, tile, items, blocks an SM is to hold): those of eighteen tried that
-// won somewhere (benchmarks/results/scan-tune-h100.json has them all).
+// Instances of the states form, (lanes, channels, tile, items, blocks an SM is to hold). 24 channels a block make 128
+// blocks of Vim-Ti at batch 8, one an SM.
 #define VIM_STATES_INSTANCES(X) \
+  X(16, 4, 64, 1, 1)            \
+  X(16, 4, 128, 1, 1)           \
   X(16, 12, 64, 2, 1)           \
-  X(8, 8, 32, 1, 3)             \
+  X(8, 8, 64, 1, 1)             \
+  X(8, 24, 32, 2, 1)            \
   X(4, 16, 32, 2, 3)            \
-  X(2, 16, 32, 2, 3)            \
   X(2, 32, 32, 4, 2)
 
 // Threads, registers and shared memory of the states form.
@@ -48,11 +46,15 @@ struct StatesSizes {
   static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
   static constexpr int Scanning(int lanes, int channels) { return lanes * channels; }  // threads of one direction
   static constexpr int Helping(int channels, int tile, int items) { return tile * channels / 4 / items; }
+  static constexpr int64_t kLongestRow = INT32_MAX / 256;  // so that a tile of rows is counted in 32 bits
   static constexpr int Threads(int lanes, int channels, int tile, int items, int directions) {
     return directions * (Scanning(lanes, channels) + Helping(channels, tile, items));
   }
+  static constexpr int StateItems(int channels, int tile, int items) {  // of four states of four tokens, a helper
+    return (2 * tile + Helping(channels, tile, items) - 1) / Helping(channels, tile, items);
+  }
   static constexpr size_t Bytes(int channels, int tile) {  // of one direction
-    return size_t{4} * 2 * (32 + 3 * channels) * (tile + kPad);
+    return size_t{4} * (2 * (32 + 3 * channels) * (tile + kPad) + 3 * channels);
   }
 };
 

@@ -5,7 +5,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "common/desc.h"
 #include "cuda/choose_variant.h"
@@ -21,21 +23,25 @@ using vim::cuda::Sizes;
 
 int ElementBytes(int32_t io) { return io == VIM_F32 ? 4 : 2; }
 
-// The power of two, at most 16, that divides every one of the byte counts fed to it.
+// The power of two, at most 16, that divides every one of the byte counts fed to it; and the longest of the rows.
 class Alignment {
  public:
   void Feed(int64_t bytes) { all_ |= static_cast<uint64_t>(bytes); }
   void Feed(const void* pointer) { all_ |= reinterpret_cast<uintptr_t>(pointer); }
+  void FeedRow(int64_t elements) { longest_row_ = std::max(longest_row_, std::abs(elements)); }
   int Bytes() const { return static_cast<int>(all_ & (~all_ + 1)); }
+  int64_t longest_row() const { return longest_row_; }
 
  private:
   uint64_t all_ = 16;
+  int64_t longest_row_ = 0;
 };
 
-// Strides of dimensions that are not walked say nothing.
+// Strides of dimensions that are not walked say nothing of alignment.
 void FeedStrides(const vim_selective_scan_desc& desc, int64_t batch_stride, int64_t token_stride, Alignment* to) {
   if (desc.batch > 1) to->Feed(batch_stride * ElementBytes(desc.io));
   if (desc.length > 1) to->Feed(token_stride * ElementBytes(desc.io));
+  to->FeedRow(token_stride);
 }
 
 void FeedRows(const vim_selective_scan_desc& desc, Alignment* to) {
@@ -91,6 +97,7 @@ struct Geometry {
   void Update() {
     sizes.row_alignment = rows.Bytes();
     sizes.states_aligned = states.Bytes() >= 4 * sizes.element_bytes;
+    sizes.longest_row = std::max(rows.longest_row(), states.longest_row());
   }
 };
 

@@ -7,11 +7,11 @@
 //
 // Everything that is not the recurrence is done by helper warps of the same block, a tile ahead or a tile behind: B and
 // C to fp32 and transposed, Delta through its softplus, Delta u; then D u, the partner's part, the gate and the
-// rounding. Scanning warps and helpers meet at one barrier a tile; helpers hold what they load from global memory in
-// registers for a whole tile before they use it, so its latency is never waited for.
+// rounding. Scanning warps and helpers meet at one barrier a tile. Helpers ask for what they need from global memory
+// long before they use it: u, Delta, B and C a step ahead, the rest before they prepare.
 //
 //   step i:   scanning warps   tile i
-//             helpers          prepare tile i + 1;  finish tile i - 1;  load tile i + 2
+//             helpers          ask for the late of i - 1;  prepare i + 1;  finish i - 1;  ask for the early of i + 2
 //
 // A pair is two directions in one block. They walk the same tiles from opposite ends: whoever meets a tile first leaves
 // its part in y, the other adds, gates and finishes it. Zeros fill a ragged tile, as in the sequential form.
@@ -26,46 +26,64 @@
 
 namespace vim::cuda {
 
-// What a direction keeps in shared memory. Each array is there twice: one tile is scanned while the next is prepared
-// and the last is finished. Rows are tokens in walking order.
-template <int kChannels, int kTile>
+// What a direction keeps in shared memory. What is there twice is scanned for one tile while the next is prepared and
+// the last is finished. Rows are tokens in walking order.
+template <int kChannels, int kTile, int kItems>
 struct alignas(16) StatesShared {
   static constexpr int kPitch = kTile + StatesSizes::kPad;
+  static constexpr int kHelpers = StatesSizes::Helping(kChannels, kTile, kItems);
+  static constexpr int kStateItems = StatesSizes::StateItems(kChannels, kTile, kItems);
   float states[2][2 * kStates][kPitch];  // B, then C
   float step[2][kChannels][kPitch];      // Delta
   float gain[2][kChannels][kPitch];      // Delta u
   float out[2][kChannels][kPitch];
+  float skip[kChannels], bias[kChannels], scale[kChannels];  // D, Delta's bias, y's scale
 };
 
-// Sums y[i] over the kLanes lanes of a row, kStride lanes apart; `part` is the caller's place among them, and the
-// result is the sum of y[part].
-template <int kLanes, int kStride>
-__device__ __forceinline__ float ReduceScatter(const float* y, int part) {
-  if constexpr (kLanes == 1) {
-    return y[0];
+// A value as it stands, which the compiler else computes anew from its origin at every use.
+template <typename T>
+__device__ __forceinline__ T Keep(T x) {
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
   } else {
-    constexpr int kHalf = kLanes / 2;
-    const bool upper = part & kHalf;
-    float half[kHalf];
+    asm volatile("" : "+r"(x));
+  }
+  return x;
+}
+
+__device__ __forceinline__ float At(const float4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+
+// One round of summing over the lanes of a row, `stride` lanes apart: of y[0 .. 2 half) each lane keeps the half that
+// `part`, its place among the lanes, falls into. After all rounds it has one token's sum.
+template <int kMost>
+__device__ __forceinline__ void HalveSum(float* y, int half, int stride, int part) {
+  const bool upper = part & half;
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float send = upper ? y[i] : y[i + kHalf];
-      const float keep = upper ? y[i + kHalf] : y[i];
-      half[i] = keep + __shfl_xor_sync(0xffffffffu, send, kHalf * kStride);
-    }
-    return ReduceScatter<kHalf, kStride>(half, part);
+  for (int i = 0; i < kMost; ++i) {
+    if (i >= half) break;
+    const float send = upper ? y[i] : y[i + half];
+    const float keep = upper ? y[i + half] : y[i];
+    y[i] = keep + __shfl_xor_sync(0xffffffffu, send, half * stride);
   }
 }
 
 // The scanning warps' part. `thread` counts within the direction.
-template <typename IO, int kLanes, int kChannels, int kTile>
-__device__ __forceinline__ void ScanTiles(const Params& p, const Direction& direction,
-                                          StatesShared<kChannels, kTile>& shared, int thread, int first_channel,
-                                          int tiles, int middle) {
+//
+// A warp may be alone on its quarter of the SM, so what takes long is asked for ahead: four tokens are loaded and their
+// decays computed while others are scanned, and a group's sums are gathered a round at a time during the next group.
+// (A store to shared memory also keeps the compiler from moving later loads before it.)
+template <typename IO, int kLanes, int kTile, typename Shared>
+__device__ __forceinline__ void ScanTiles(const Direction& direction, int channels, Shared& shared, int thread,
+                                          int first_channel, int tiles, int middle) {
   constexpr int kRowsPerWarp = 32 / kLanes;
   constexpr int kOwn = kStates / kLanes;           // states a lane
   constexpr int kGroup = kLanes < 4 ? 4 : kLanes;  // tokens whose parts of y are held
+  constexpr int kQuads = kGroup / 4;
+  constexpr int kRounds = kLanes == 16 ? 4 : kLanes == 8 ? 3 : kLanes == 4 ? 2 : 1;
+  constexpr int kRoundsPerQuad = (kRounds + kQuads - 1) / kQuads;
+  constexpr bool kDeep = kOwn <= 2;  // else it would take too many registers, and there are more warps
   constexpr bool kFloat32 = std::is_same_v<IO, float>;
+  static_assert(kTile % kGroup == 0 && (1 << kRounds) == kLanes);
   const int lane = threadIdx.x & 31;
   // The rows of a warp are interleaved: neighbours read the same B and C.
   const int row = thread / 32 * kRowsPerWarp + lane % kRowsPerWarp;
@@ -74,11 +92,34 @@ __device__ __forceinline__ void ScanTiles(const Params& p, const Direction& dire
   float A[kOwn], state[kOwn];
 #pragma unroll
   for (int m = 0; m < kOwn; ++m) {
-    const int64_t channel = min(first_channel + row, p.channels - 1);
+    const int64_t channel = min(first_channel + row, channels - 1);
     A[m] = direction.A[channel * kStates + part + m * kLanes] * kLog2e;
     state[m] = 0.0f;
   }
 
+  struct Loaded {
+    float4 step, gain, b[kOwn], c[kOwn];
+  };
+  struct Ready {
+    float decay[kOwn][4], add[kOwn][4];
+    float4 c[kOwn];
+  };
+  auto transform = [&](const Loaded& from) {
+    Ready to;
+#pragma unroll
+    for (int t = 0; t < 4; ++t)
+#pragma unroll
+      for (int m = 0; m < kOwn; ++m) to.decay[m][t] = Decay<kFloat32>(At(from.step, t) * A[m]);
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m) {
+#pragma unroll
+      for (int t = 0; t < 4; ++t) to.add[m][t] = At(from.gain, t) * At(from.b[m], t);
+      to.c[m] = from.c[m];
+    }
+    return to;
+  };
+
+  __syncthreads();
   __syncthreads();
 #pragma unroll 1
   for (int walk = 0; walk <= tiles; ++walk) {
@@ -86,30 +127,72 @@ __device__ __forceinline__ void ScanTiles(const Params& p, const Direction& dire
       const int buffer = walk & 1;
       const float* const steps = shared.step[buffer][row];
       const float* const gains = shared.gain[buffer][row];
+      float* const out = shared.out[buffer][row];
+      const float* const states = shared.states[buffer][part];
+      auto load = [&](int from) {
+        Loaded to;
+        to.step = *reinterpret_cast<const float4*>(steps + from);
+        to.gain = *reinterpret_cast<const float4*>(gains + from);
 #pragma unroll
-      for (int from = 0; from < kTile; from += kGroup) {
-        float y[kGroup];
+        for (int m = 0; m < kOwn; ++m) {
+          to.b[m] = *reinterpret_cast<const float4*>(states + m * kLanes * shared.kPitch + from);
+          to.c[m] = *reinterpret_cast<const float4*>(states + (kStates + m * kLanes) * shared.kPitch + from);
+        }
+        return to;
+      };
+      float y[kGroup], held[kGroup];
+      auto round = [&](int r) {
 #pragma unroll
-        for (int quad = 0; quad < kGroup; quad += 4) {
-          const float4 step4 = *reinterpret_cast<const float4*>(steps + from + quad);
-          const float4 gain4 = *reinterpret_cast<const float4*>(gains + from + quad);
-          const float step[4] = {step4.x, step4.y, step4.z, step4.w}, gain[4] = {gain4.x, gain4.y, gain4.z, gain4.w};
+        for (int token = 0; token < kGroup; token += kLanes)
+          HalveSum<kLanes / 2>(held + token, kLanes >> (r + 1), kRowsPerWarp, part);
+      };
+      auto scan = [&](const Ready& now, float* sums) {
+#pragma unroll
+        for (int t = 0; t < 4; ++t) {
 #pragma unroll
           for (int m = 0; m < kOwn; ++m) {
-            const float* const states = shared.states[buffer][part + m * kLanes] + from + quad;
-            const float4 b4 = *reinterpret_cast<const float4*>(states);
-            const float4 c4 = *reinterpret_cast<const float4*>(states + kStates * shared.kPitch);
-            const float b[4] = {b4.x, b4.y, b4.z, b4.w}, c[4] = {c4.x, c4.y, c4.z, c4.w};
+            state[m] = fmaf(now.decay[m][t], state[m], now.add[m][t]);
+            sums[t] = m == 0 ? At(now.c[m], t) * state[m] : fmaf(At(now.c[m], t), state[m], sums[t]);
+          }
+        }
+      };
+      auto store = [&](int group) {
 #pragma unroll
-            for (int t = 0; t < 4; ++t) {
-              state[m] = fmaf(Decay<kFloat32>(step[t] * A[m]), state[m], gain[t] * b[t]);
-              y[quad + t] = m == 0 ? c[t] * state[m] : fmaf(c[t], state[m], y[quad + t]);
-            }
+        for (int token = 0; token < kGroup; token += kLanes) out[group + token + part] = held[token];
+      };
+
+      if constexpr (kDeep) {
+        Ready ready = transform(load(0));
+        Loaded loaded = load(4);
+#pragma unroll
+        for (int from = 0; from < kTile; from += 4) {
+          const Ready now = ready;
+          if (from + 4 < kTile) ready = transform(loaded);
+          if (from + 8 < kTile) loaded = load(from + 8);
+          if (from >= kGroup) {
+            const int first = from % kGroup / 4 * kRoundsPerQuad;
+#pragma unroll
+            for (int r = 0; r < kRoundsPerQuad; ++r)
+              if (first + r < kRounds) round(first + r);
+            if (first < kRounds && first + kRoundsPerQuad >= kRounds) store(from / kGroup * kGroup - kGroup);
+          }
+          scan(now, y + from % kGroup);
+          if (from % kGroup == kGroup - 4) {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) held[i] = y[i];
           }
         }
 #pragma unroll
-        for (int token = 0; token < kGroup; token += kLanes)
-          shared.out[buffer][row][from + token + part] = ReduceScatter<kLanes, kRowsPerWarp>(y + token, part);
+        for (int r = 0; r < kRounds; ++r) round(r);
+        store(kTile - kGroup);
+      } else {
+#pragma unroll
+        for (int from = 0; from < kTile; from += 4) {
+          scan(transform(load(from)), held);
+#pragma unroll
+          for (int r = 0; r < kRounds; ++r) round(r);
+          store(from);
+        }
       }
     }
     if (walk == middle + 1) __syncthreads();
@@ -120,14 +203,14 @@ __device__ __forceinline__ void ScanTiles(const Params& p, const Direction& dire
 // The helpers' part: kItems times four channels of a token, and kStateItems times four states of four tokens, a thread.
 template <typename IO, int kChannels, int kTile, int kItems>
 __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Direction& direction, bool reverse,
-                                                 StatesShared<kChannels, kTile>& shared, int thread, int64_t batch,
-                                                 int first_channel, int tiles, int middle) {
+                                                 StatesShared<kChannels, kTile, kItems>& shared, int thread,
+                                                 int64_t batch, int first_channel, int tiles, int middle) {
   using E = Element<IO>;
   using Bits = typename E::Bits;
   using Bits4 = typename E::Bits4;
   constexpr int kPieces = kChannels / 4;
-  constexpr int kThreads = kTile * kPieces / kItems;
-  constexpr int kStateItems = (2 * kTile + kThreads - 1) / kThreads;
+  constexpr int kThreads = shared.kHelpers, kStateItems = shared.kStateItems;
+  constexpr int kRowStep = kThreads / kPieces;
   constexpr bool kFloat32 = std::is_same_v<IO, float>;
   static_assert(kTile * kPieces % kItems == 0 && kThreads % 32 == 0 && kTile % 32 == 0);
   static_assert(kThreads % kPieces == 0, "a thread keeps its channels");
@@ -136,75 +219,95 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   const int channel = first_channel + piece;
   const bool inside = channel < p.channels;
   const int first_row = thread / kPieces;
-  constexpr int kRowStep = kThreads / kPieces;
-  float skip[4] = {}, bias[4] = {}, scale[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-#pragma unroll
-  for (int e = 0; e < 4; ++e) {
-    if (inside && direction.D) skip[e] = direction.D[channel + e];
-    if (inside && direction.delta_bias) bias[e] = direction.delta_bias[channel + e];
-    if (inside && p.y_scale) scale[e] = p.y_scale[channel + e];
+  for (int c = thread; c < kChannels; c += kThreads) {
+    const bool exists = first_channel + c < p.channels;
+    shared.skip[c] = exists && direction.D ? direction.D[first_channel + c] : 0.0f;
+    shared.bias[c] = exists && direction.delta_bias ? direction.delta_bias[first_channel + c] : 0.0f;
+    shared.scale[c] = exists && p.y_scale ? p.y_scale[first_channel + c] : 1.0f;
   }
 
-  // Row r of tile w is token w kTile + r, or (tiles - w) kTile - 1 - r backwards. Each pointer stands at this thread's
-  // first row of the tile to load, prepare or finish next, and moves on by a tile.
+  // Row r of tile w is token w kTile + r, or (tiles - w) kTile - 1 - r backwards. One tile may be ragged, the last one
+  // walked or, backwards, the first: its rows without a token are zeros and are not stored. A bit of `own_rows` for
+  // each of this thread's rows of u, of `own_states` for each of its tokens of B and C; all are set but in the ragged
+  // tile.
+  const int tail = p.length - (tiles - 1) * kTile;
+  const int ragged = Keep(tail == kTile ? -1 : reverse ? 0 : tiles - 1);
+  auto four_of = [&](int j) { return (thread + j * kThreads) / 8 % 8; };
+  auto states_row = [&](int j) { return ((thread + j * kThreads) / 64 * 8 + thread % 8) * 4; };
+  auto has_states = [&](int j) { return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile; };
+  auto in_ragged = [&](int row) { return reverse ? row >= kTile - tail : row < tail; };
+  uint32_t own_rows = 0, own_states = 0;
+#pragma unroll
+  for (int j = 0; j < kItems; ++j) own_rows |= uint32_t{in_ragged(first_row + j * kRowStep)} << j;
+#pragma unroll
+  for (int j = 0; j < kStateItems; ++j)
+#pragma unroll
+    for (int t = 0; t < 4; ++t) own_states |= uint32_t{in_ragged(states_row(j) + t)} << (4 * j + t);
+  const uint32_t all_rows = Keep(inside ? ~0u : 0);
+  own_rows = Keep(own_rows & all_rows);
+  own_states = Keep(own_states);
+
+  // The tiles this direction is the first of its pair to meet, forward being the first where both do at once.
+  const int first_tiles = Keep(p.pair ? tiles / 2 + (middle >= 0 && !reverse) : 0);
+  // Each pointer stands at this thread's first row of the tile to load or to finish next, and moves on by a tile. z
+  // waits at the first tile that is gated.
   const int sign = reverse ? -1 : 1;
   const int first_token = reverse ? tiles * kTile - 1 : 0;
   const int own_token = first_token + sign * first_row;
-  int load_token = own_token, finish_token = own_token;
   const Bits* u =
       static_cast<const Bits*>(direction.u) + batch * direction.u_batch + channel + own_token * direction.u_token;
   const Bits* delta = static_cast<const Bits*>(direction.delta) + batch * direction.delta_batch + channel +
                       own_token * direction.delta_token;
   const Bits* z = static_cast<const Bits*>(p.z);
-  if (p.z) z += batch * p.z_batch + channel + own_token * p.z_token;
+  if (p.z) z += batch * p.z_batch + channel + (own_token + sign * first_tiles * kTile) * p.z_token;
   Bits* y = static_cast<Bits*>(p.y) + batch * p.y_batch + channel + own_token * p.y_token;
-  const int64_t u_row = sign * kRowStep * direction.u_token, delta_row = sign * kRowStep * direction.delta_token;
-  const int64_t z_row = sign * kRowStep * p.z_token, y_row = sign * kRowStep * p.y_token;
+  // 32 bits are enough, or CanRun would not let this form run.
+  const int u_row = Keep(static_cast<int>(sign * kRowStep * direction.u_token));
+  const int delta_row = Keep(static_cast<int>(sign * kRowStep * direction.delta_token));
+  const int z_row = Keep(static_cast<int>(p.z ? sign * kRowStep * p.z_token : 0));
+  const int y_row = Keep(static_cast<int>(sign * kRowStep * p.y_token));
 
   // Of B and C, four states of four tokens an item: states 4 four ..., tokens from `states_row` on.
   const int scan_group = first_channel / p.channels_per_group;
   const Bits* states[kStateItems];
-  int64_t states_token[kStateItems];
-  auto four_of = [&](int j) { return (thread + j * kThreads) / 8 % 8; };
-  auto states_row = [&](int j) { return ((thread + j * kThreads) / 64 * 8 + thread % 8) * 4; };
-  auto has_states = [&](int j) { return thread + j * kThreads < 2 * kTile; };
+  int states_token[kStateItems];
 #pragma unroll
   for (int j = 0; j < kStateItems; ++j) {
     const int four = four_of(j);
-    states_token[j] = sign * (four < 4 ? direction.B_token : direction.C_token);
+    states_token[j] = Keep(static_cast<int>(sign * (four < 4 ? direction.B_token : direction.C_token)));
     states[j] = (four < 4 ? static_cast<const Bits*>(direction.B) + batch * direction.B_batch +
                                 scan_group * direction.B_group + four * 4
                           : static_cast<const Bits*>(direction.C) + batch * direction.C_batch +
                                 scan_group * direction.C_group + (four - 4) * 4) +
-                (sign * first_token + states_row(j)) * states_token[j];
+                int64_t{sign * first_token + states_row(j)} * states_token[j];
   }
-  int states_first = first_token;  // token of row 0 of the tile to load
 
-  struct Raw {
-    Bits4 u[kItems], delta[kItems], states[kStateItems][4];
-  } raw;
-  auto load = [&] {
-    raw = {};
+  // Of the tile to be prepared in the next step.
+  Bits4 early_u[kItems] = {}, early_delta[kItems] = {}, early_states[kStateItems][4] = {};
+  auto load_early = [&](int walk) {
+    const bool exists = walk < tiles;
+    const uint32_t rows = !exists ? 0 : walk == ragged ? own_rows : all_rows;
+    const uint32_t tokens = !exists ? 0 : walk == ragged ? own_states : ~0u;
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      if (inside && load_token + sign * j * kRowStep < p.length) {
-        raw.u[j] = *reinterpret_cast<const Bits4*>(u + j * u_row);
-        raw.delta[j] = *reinterpret_cast<const Bits4*>(delta + j * delta_row);
+      if (rows >> j & 1) {
+        early_u[j] = *reinterpret_cast<const Bits4*>(u);
+        early_delta[j] = *reinterpret_cast<const Bits4*>(delta);
       }
+      u += u_row;
+      delta += delta_row;
     }
 #pragma unroll
     for (int j = 0; j < kStateItems; ++j) {
-      const int token = states_first + sign * states_row(j);
+      if (!has_states(j)) break;
+      const Bits* from = states[j];
 #pragma unroll
-      for (int t = 0; t < 4; ++t)
-        if (has_states(j) && token + sign * t < p.length)
-          raw.states[j][t] = *reinterpret_cast<const Bits4*>(states[j] + t * states_token[j]);
+      for (int t = 0; t < 4; ++t) {
+        if (tokens >> (4 * j + t) & 1) early_states[j][t] = *reinterpret_cast<const Bits4*>(from);
+        from += states_token[j];
+      }
       states[j] += kTile * states_token[j];
     }
-    load_token += sign * kTile;
-    states_first += sign * kTile;
-    u += sign * kTile * direction.u_token;
-    delta += sign * kTile * direction.delta_token;
   };
 
   auto prepare = [&](int walk) {
@@ -214,104 +317,116 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
       if (!has_states(j)) break;
       float4 value[4];
 #pragma unroll
-      for (int t = 0; t < 4; ++t) value[t] = E::ToFloat4(raw.states[j][t]);
+      for (int t = 0; t < 4; ++t) value[t] = E::ToFloat4(early_states[j][t]);
       StoreTransposed(&shared.states[buffer][four_of(j) * 4][states_row(j)], shared.kPitch, value);
     }
+    const float4 bias = *reinterpret_cast<const float4*>(&shared.bias[piece]);
+    float step[kItems][4];
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      const int row = first_row + j * kRowStep;
-      const float4 u4 = E::ToFloat4(raw.u[j]), delta4 = E::ToFloat4(raw.delta[j]);
-      const float each[4] = {u4.x, u4.y, u4.z, u4.w};
-      float step[4] = {delta4.x + bias[0], delta4.y + bias[1], delta4.z + bias[2], delta4.w + bias[3]};
-      if (p.delta_softplus) {
+      const float4 delta4 = E::ToFloat4(early_delta[j]);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) step[e] = Softplus<kFloat32>(step[e]);
-      }
+      for (int e = 0; e < 4; ++e) step[j][e] = At(delta4, e) + At(bias, e);
+    }
+    if (p.delta_softplus) SoftplusEach<kFloat32>(&step[0][0], std::integral_constant<int, 4 * kItems>());
+    float* const steps = &shared.step[buffer][piece][first_row];
+    float* const gains = &shared.gain[buffer][piece][first_row];
+#pragma unroll
+    for (int j = 0; j < kItems; ++j) {
+      const float4 u4 = E::ToFloat4(early_u[j]);
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        shared.step[buffer][piece + e][row] = step[e];
-        shared.gain[buffer][piece + e][row] = step[e] * each[e];
+        steps[e * shared.kPitch + j * kRowStep] = step[j][e];
+        gains[e * shared.kPitch + j * kRowStep] = step[j][e] * At(u4, e);
       }
     }
   };
 
-  // Of the tile to finish: z, and what the partner left in y.
-  Bits4 gate[kItems], other[kItems];
-  auto load_other = [&] {
-#pragma unroll
-    for (int j = 0; j < kItems; ++j)
-      if (inside && finish_token + sign * j * kRowStep < p.length)
-        other[j] = *reinterpret_cast<const Bits4*>(y + j * y_row);
-  };
-  auto load_gate = [&] {
-#pragma unroll
-    for (int j = 0; j < kItems; ++j)
-      if (p.z && inside && finish_token + sign * j * kRowStep < p.length)
-        gate[j] = *reinterpret_cast<const Bits4*>(z + j * z_row);
-  };
-  auto finish = [&](int walk, bool first, const Bits4(&raw_u)[kItems]) {
-    const int buffer = walk & 1;
+  // Of the tile to finish: u again, z, and what the partner left in y.
+  Bits4 finish_u[kItems] = {}, gate[kItems] = {}, other[kItems] = {};
+  auto load_late = [&](bool gates, uint32_t rows) {
+    const Bits* const late_u = u - 3 * kItems * u_row;  // three tiles before the next to load
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      const int row = first_row + j * kRowStep;
-      const float4 u4 = E::ToFloat4(raw_u[j]);
-      const float each[4] = {u4.x, u4.y, u4.z, u4.w};
-      float value[4];
+      if (rows >> j & 1) {
+        finish_u[j] = *reinterpret_cast<const Bits4*>(late_u + j * u_row);
+        if (gates) gate[j] = *reinterpret_cast<const Bits4*>(z + j * z_row);
+      }
+    }
+    if (gates) z += kItems * z_row;
+  };
+  auto load_other = [&](uint32_t rows) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) value[e] = fmaf(skip[e], each[e], shared.out[buffer][piece + e][row]);
-      if (!first) {
-        const float4 other4 = E::ToFloat4(other[j]), gate4 = E::ToFloat4(gate[j]);
-        const float rest[4] = {other4.x, other4.y, other4.z, other4.w};
-        const float through[4] = {gate4.x, gate4.y, gate4.z, gate4.w};
+    for (int j = 0; j < kItems; ++j)
+      if (rows >> j & 1) other[j] = *reinterpret_cast<const Bits4*>(y + j * y_row);
+  };
+  auto finish = [&](int walk, uint32_t rows) {
+    const float4 skip = *reinterpret_cast<const float4*>(&shared.skip[piece]);
+    const float* const sums = &shared.out[walk & 1][piece][first_row];
+    float value[kItems][4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) value[e] = (value[e] + rest[e]) * scale[e];
-        if (p.z) {
+    for (int j = 0; j < kItems; ++j) {
+      const float4 u4 = E::ToFloat4(finish_u[j]);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) value[e] *= Silu(through[e]);
+      for (int e = 0; e < 4; ++e) value[j][e] = fmaf(At(skip, e), At(u4, e), sums[e * shared.kPitch + j * kRowStep]);
+    }
+    if (walk >= first_tiles) {
+      if (p.pair) {
+        const float4 scale = *reinterpret_cast<const float4*>(&shared.scale[piece]);
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) {
+          const float4 other4 = E::ToFloat4(other[j]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) value[j][e] = (value[j][e] + At(other4, e)) * At(scale, e);
         }
       }
-      if (inside && finish_token + sign * j * kRowStep < p.length)
-        *reinterpret_cast<Bits4*>(y + j * y_row) = E::FromFloat4(make_float4(value[0], value[1], value[2], value[3]));
+      if (p.z) {
+        float through[kItems][4];
+#pragma unroll
+        for (int j = 0; j < kItems; ++j) {
+          const float4 gate4 = E::ToFloat4(gate[j]);
+#pragma unroll
+          for (int e = 0; e < 4; ++e) through[j][e] = At(gate4, e);
+        }
+        SiluEach(&through[0][0], std::integral_constant<int, 4 * kItems>());
+#pragma unroll
+        for (int j = 0; j < kItems; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) value[j][e] *= through[j][e];
+      }
     }
-    finish_token += sign * kTile;
-    z += sign * kTile * p.z_token;
-    y += sign * kTile * p.y_token;
-  };
-
-  Bits4 u_scanned[kItems] = {}, u_done[kItems];
-  auto rotate_and_load = [&](int walk) {
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
-      u_done[j] = u_scanned[j];
-      u_scanned[j] = raw.u[j];
+      if (rows >> j & 1)
+        *reinterpret_cast<Bits4*>(y) = E::FromFloat4(make_float4(value[j][0], value[j][1], value[j][2], value[j][3]));
+      y += y_row;
     }
-    if (walk < tiles) load();
   };
-  load();
+
+  load_early(0);
+  __syncthreads();
   prepare(0);
-  rotate_and_load(1);
+  load_early(1);
   __syncthreads();
 #pragma unroll 1
   for (int walk = 0; walk <= tiles; ++walk) {
-    // The tile to finish: whether this direction is the first of its pair to meet it, forward being the first where
-    // both do at once; then reverse waits for it.
     const int done = walk - 1;
-    const bool first = p.pair && (done < tiles / 2 || (done == middle && !reverse));
+    const uint32_t rows = done == ragged ? own_rows : all_rows;
     const bool meets = done == middle;
-#pragma unroll
-    for (int j = 0; j < kItems; ++j) gate[j] = other[j] = {};
-    if (!first) {
-      load_gate();
-      if (p.pair && !meets) load_other();
+    if (done >= 0) {
+      load_late(p.z && done >= first_tiles, rows);
+      if (p.pair && done >= first_tiles && !meets) load_other(rows);
     }
     if (walk + 1 < tiles) prepare(walk + 1);
-    if (meets && reverse) {
-      __syncthreads();
-      load_other();
+    if (done >= 0) {
+      if (meets && reverse) {  // both meet this tile: reverse waits for what forward writes
+        __syncthreads();
+        load_other(rows);
+      }
+      finish(done, rows);
+      if (meets && !reverse) __syncthreads();
     }
-    if (done >= 0) finish(done, first, u_done);
-    if (meets && !reverse) __syncthreads();
-    rotate_and_load(walk + 2);
+    load_early(walk + 2);
     __syncthreads();
   }
 }
@@ -325,7 +440,7 @@ struct StatesThreads {  // of a direction
 template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kBlocks>
 __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
-  using Shared = StatesShared<kChannels, kTile>;
+  using Shared = StatesShared<kChannels, kTile, kItems>;
   using Threads = StatesThreads<kLanes, kChannels, kTile, kItems>;
   constexpr int kScanning = Threads::kScanning, kHelping = Threads::kHelping;
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -336,18 +451,19 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   const int first_channel = blockIdx.x % channel_blocks * kChannels;
   const int tiles = (p.length + kTile - 1) / kTile;
   // The tile both directions come to at the same step, or none.
-  const int middle = p.pair && tiles % 2 == 1 ? tiles / 2 : -2;
+  const int middle = Keep(p.pair && tiles % 2 == 1 ? tiles / 2 : -2);
 
   const int scanning = kScanning << p.pair;
   const int thread = threadIdx.x;
   if (thread < scanning) {
-    const int side = thread >= kScanning;
-    ScanTiles<IO, kLanes, kChannels, kTile>(p, p.direction[side], shared[side], thread - side * kScanning,
-                                            first_channel, tiles, middle);
+    const int side = Keep(static_cast<int>(thread >= kScanning));
+    ScanTiles<IO, kLanes, kTile>(p.direction[side], p.channels, shared[side], Keep(thread - side * kScanning),
+                                 first_channel, tiles, middle);
   } else {
-    const int side = thread - scanning >= kHelping;
-    PrepareAndFinish<IO, kChannels, kTile, kItems>(p, p.direction[side], p.pair ? side == 1 : p.reverse != 0,
-                                                   shared[side], thread - scanning - side * kHelping, batch,
+    const int side = Keep(static_cast<int>(thread - scanning >= kHelping));
+    const int helper = Keep(thread - scanning - side * kHelping);
+    const bool reverse = Keep(p.pair ? side : p.reverse) != 0;
+    PrepareAndFinish<IO, kChannels, kTile, kItems>(p, p.direction[side], reverse, shared[side], helper, batch,
                                                    first_channel, tiles, middle);
   }
 }
@@ -355,8 +471,9 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
 template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kBlocks>
 cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
   const int directions = params.pair ? 2 : 1;
-  const size_t shared = directions * StatesSizes::Bytes(kChannels, kTile);
-  static_assert(sizeof(StatesShared<kChannels, kTile>) == StatesSizes::Bytes(kChannels, kTile), "one formula");
+  constexpr size_t kBytes = StatesSizes::Bytes(kChannels, kTile);
+  static_assert(sizeof(StatesShared<kChannels, kTile, kItems>) == kBytes, "one formula");
+  const size_t shared = directions * kBytes;
   const int64_t blocks = int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kBlocks>;

@@ -48,11 +48,11 @@ def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
 
 
 # (lanes, channels, tile, items), as VIM_STATES_INSTANCES in kernels/cuda/choose_variant.h.
-STATES_INSTANCES = [(16, 12, 64, 2), (8, 8, 32, 1), (4, 16, 32, 2), (2, 16, 32, 2), (2, 32, 32, 4)]
+STATES_INSTANCES = [(16, 4, 64, 1), (16, 4, 128, 1), (16, 12, 64, 2), (8, 8, 64, 1), (8, 24, 32, 2), (4, 16, 32, 2)]
+STATES_INSTANCES += [(2, 32, 32, 4)]
 
 # (lanes, tokens, channels), as VIM_LANES_INSTANCES in kernels/cuda/choose_variant.h.
-INSTANCES = [(32, 7, 6), (32, 7, 12), (8, 13, 8), (8, 13, 16), (16, 13, 6), (16, 13, 12), (16, 13, 16)]
-INSTANCES += [(8, 16, 8), (8, 16, 16), (16, 16, 12), (16, 16, 16), (32, 16, 6)]
+INSTANCES = [(8, 13, 16), (16, 13, 6), (16, 13, 12), (8, 16, 16), (32, 16, 6)]
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]
 SINGLE_VARIANTS += [states(*each) for each in STATES_INSTANCES]

@@ -115,7 +115,7 @@ FAST = [
     lib.lanes(8, 16, 16, 1, 0),
     lib.lanes(16, 13, 12, 1, 0),
 ]
-FAST += [lib.lanes(32, 16, 6, 2, 1), lib.lanes(32, 7, 6, 1, 0), lib.lanes(16, 16, 12, 1, 1)]
+FAST += [lib.lanes(32, 16, 6, 2, 1), lib.lanes(8, 13, 16, 1, 0), lib.lanes(8, 16, 16, 1, 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name)

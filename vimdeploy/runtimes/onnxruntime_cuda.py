@@ -206,9 +206,12 @@ class _Binding:
             self.outputs[output] = (pointer, of_batch, want.dtype)
         self.options = _import().RunOptions()
         self.options.log_severity_level = FATAL_ONLY
-        # The stream is ours: whoever reads an output waits for it.
-        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        # The stream is ours: whoever reads an output waits for it. Only a graph may leave it at that: an ordinary run
+        # that does not end with ONNX Runtime's own wait leaves the host buffers of its copies to be freed by a callback
+        # on the stream, and where closing the session comes first, that callback ends the process (1.30,
+        # cuda_allocator.cc: cudaFreeHost is not permitted there).
         if recorded:
+            self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
             self.options.add_run_config_entry("gpu_graph_id", str(shape[0]))
 
     def free(self, context: cuda.Context) -> None:
