@@ -139,7 +139,8 @@ def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch
         "runtime": "r", "precision": "fp16", "batch": 8, "img_size": [1248, 1248], "tokens": 6085, "on_card": True,
         "latency_ms": latency, "ms": 9.5, "images_per_s": 842.1, "peak_mib": 376.4, "notices": [],
     }  # fmt: skip
-    rows = [row, {**row, "img_size": [512, 512], "failed": "OutOfMemoryError"}]
+    deit = {**row, "contender": "DeiT-Ti eager, flash attention", "role": "baseline", "family": "deit", "ms": 11.97}
+    rows = [row, deit, {**row, "img_size": [512, 512], "failed": "OutOfMemoryError", "ms": None}]
     entry = {"name": "a figure", "value": 1.26, "least": 1.0, "aim": 1.4, "held": True, "aim_reached": False}
     values = {
         "format": 1, "settings": {}, "notices": [], "rows": rows,
@@ -157,6 +158,10 @@ def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch
     cases = script.network_rows()
     assert "| 1248 px, batch 8 | Vim-Ti on vimdeploy's kernels | 9.88 | 9.50 | 842 | 376 |" in cases
     assert "| 512 px, batch 8 | Vim-Ti on vimdeploy's kernels | failed |" in cases
-    assert "| Vim-Ti | 8 | flash attention | 1140 px |" in script.network_crossover()
+    crossing = script.network_crossover()
+    assert "| model | against | 1248 px |" in crossing
+    assert "| Vim-Ti | DeiT eager, flash attention | 1.26 |" in crossing
+    assert "| Vim-S | DeiT eager, attention unfused | - |" in crossing
+    assert "Vim-Ti overtakes DeiT (flash) at 1140 px, batch 8." in crossing
     host = script.network_host()
     assert "H100, driver 580, torch 2, commit c, d" in host and "rel rms 7.1e-04" in host

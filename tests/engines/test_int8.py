@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def prepared(model: Path, can: Capabilities, precision: str | None) -> Prepared:
 OLD, NEW = capabilities_of(trt_8_5(), TENSORRT), capabilities_of(trt_10(), TENSORRT)
 
 
-def test_old_parsers_get_a_float_graph_and_constraints_around_the_products(int8: Path) -> None:
+def test_old_parsers_get_a_float_graph_of_convolutions_and_no_constraints(int8: Path) -> None:
     given = prepared(int8, OLD, "fp16")
     model = ir.from_proto(onnx.load_from_string(given.onnx))
     kinds = [node.op_type for node in model.graph]
@@ -77,19 +78,11 @@ def test_old_parsers_get_a_float_graph_and_constraints_around_the_products(int8:
         == {n.split(":")[0] for n in given.wanted.quantized}
     )
     assert given.wanted.asked == "int8" and given.wanted.low == "fp16"
-    # What is typed: everything that a plain fp16 graph types, but nothing on the way from a pair to its product.
-    names = {str(node.outputs[0].name): node for node in model.graph}
     for product in products:
-        maker = product.inputs[1].producer()
-        assert maker is not None and maker.op_type == "Transpose"
-        free = [product.outputs[0], *(value for value in product.inputs[:2]), maker.inputs[0]]
-        assert not {str(value.name) for value in free if value is not None} & given.types.keys()
-    other = {name for name, node in names.items() if node.op_type == "MatMul" and node not in products}
-    assert other and {given.types[name] for name in other} == {"fp16"}
-    wide = [name for name, node in names.items() if node.op_type == "ReduceMean"]
-    wide += [str(node.outputs[1].name) for node in model.graph if node.op_type == schema.ADD_NORM.name]
-    assert wide and {given.types[name] for name in wide} == {"fp32"}
-    assert set(given.types.values()) == {"fp16", "fp32"}
+        pair = product.inputs[1].producer()
+        assert product.op_type == "Conv" and pair is not None and pair.op_type == "DequantizeLinear"
+        assert pair.attributes["axis"].as_int() == 0
+    assert given.types == {} and given.wanted.chosen
 
 
 def test_what_old_parsers_get_computes_what_the_file_does(int8: Path) -> None:
@@ -128,8 +121,7 @@ def test_new_parsers_get_int8_constants_and_typed_pairs(int8: Path, precision: s
 def test_the_fp32_rest_stays_fp32(int8: Path) -> None:
     given = prepared(int8, NEW, None)
     assert set(given.types.values()) == {"fp32"} and given.wanted.low == "fp32" and given.wanted.asked == "int8"
-    old = prepared(int8, OLD, None)
-    assert set(old.types.values()) == {"fp32"}
+    assert prepared(int8, OLD, None).wanted.low == "fp32"
 
 
 # The proof
@@ -147,6 +139,16 @@ def test_each_projection_must_have_its_own_type() -> None:
         "asked": "int8", "rest": "fp16", "source": "inspector", "projections": {"fp16": 1, "int8": 1}, "islands": {},
         "hidden": 0, "layers": {"fp16": 2},
     }  # fmt: skip
+
+
+def test_a_builder_that_chooses_may_leave_the_others_in_fp32() -> None:
+    layers = [seen("a/MatMul", "fp32"), seen("b/MatMul", "int8")]
+    with pytest.raises(CheckFailed, match="1 of 1 projections are not in fp16"):
+        prove(layers, WANTED, "inspector")
+    chosen = dataclasses.replace(WANTED, chosen=True)
+    assert prove(layers, chosen, "inspector").projections == {"fp32": 1, "int8": 1}
+    with pytest.raises(CheckFailed, match="quantized projections are not in int8"):
+        prove([seen("a/MatMul", "fp32"), seen("b/MatMul", "fp32")], chosen, "inspector")
 
 
 WRONG = {
@@ -200,7 +202,7 @@ def test_a_build_on_8_5_allows_int8_and_fp16_and_says_so(
     monkeypatch: pytest.MonkeyPatch, int8: Path, tmp_path: Path
 ) -> None:
     result, told = build(monkeypatch, int8, tmp_path / "x.plan", "int8", int8=True)
-    assert told["config"].flags == {Flag.FP16, Flag.INT8, Flag.OBEY_PRECISION_CONSTRAINTS}
+    assert told["config"].flags == {Flag.FP16, Flag.INT8}  # constraints remove every kernel of some int8 node
     assert result.sidecar.precision["asked"] == "int8" and result.sidecar.precision["rest"] == "fp16"
     assert result.sidecar.precision["projections"]["int8"] in (4, 6)
     assert result.sidecar.info.quantization == {"int8": 4, "sqnr_db": 30.0}

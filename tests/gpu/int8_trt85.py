@@ -10,7 +10,6 @@ a figure misses its bar. A plan whose projections turn out not to be int8 leaves
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
@@ -33,9 +32,7 @@ import onnx_ir as ir  # noqa: E402
 from vimdeploy.bench.measure import Effort, take_turns  # noqa: E402
 from vimdeploy.bundle import read_info, sha256_of  # noqa: E402
 from vimdeploy.engines import build as build_module  # noqa: E402
-from vimdeploy.engines import prepare as prepare_module  # noqa: E402
 from vimdeploy.engines.build import BuildOptions, BuildResult, build_engine  # noqa: E402
-from vimdeploy.passes.float_weights import float_weights  # noqa: E402
 from vimdeploy.passes.projections import DEFAULT_KINDS, projections  # noqa: E402
 from vimdeploy.quantize.calibration import Calibration, identity  # noqa: E402
 from vimdeploy.quantize.choose import Choice  # noqa: E402
@@ -83,7 +80,7 @@ def accuracy(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]
     name, cache = ACCURACY[step]
     model = folder / f"{name}.vim" / "model.onnx"
     made = quantize_model(model, folder / f"{step}.int8.onnx", QuantizeOptions(cache))
-    built, weights = int8_engine(made.path, folder / f"{step}.int8.plan", plugin, folder / "digits.cache", out)
+    built = int8_engine(made.path, folder / f"{step}.int8.plan", plugin, folder / "digits.cache", out)
     content = np.load(folder / "digits.npz")
     images, labels = content["images"], content["labels"]
     with TensorRTSession(built.plan) as session:
@@ -99,7 +96,7 @@ def accuracy(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]
         failures.append(f"int8 costs {found.points:.2f} points, {bar} are allowed")
     elif naive and found.points <= bar:
         failures.append(f"naive int8 costs {found.points:.2f} points only: the test has no teeth")
-    return {**described(built, weights), "accuracy": found.to_dict(), "failures": failures}
+    return {**described(built), "accuracy": found.to_dict(), "failures": failures}
 
 
 def speed(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]:
@@ -112,7 +109,7 @@ def speed(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]:
     options = BuildOptions(precision="fp16", timing_cache=timings, plugin=plugin, **fixed)
     half = build_engine(model, folder / f"{step}.fp16.plan", options)
     print(f"{step} fp16 built in {half.seconds:.0f} s", flush=True)
-    built, weights = int8_engine(made.path, folder / f"{step}.int8.plan", plugin, timings, out, **fixed)
+    built = int8_engine(made.path, folder / f"{step}.int8.plan", plugin, timings, out, **fixed)
     config = read_info(model).config
     images = np.random.default_rng(0).standard_normal((BATCH, 3, *config.img_size), dtype=np.float32)
     with TensorRTSession(half.plan) as one, TensorRTSession(built.plan) as other:
@@ -128,7 +125,7 @@ def speed(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]:
     if size > SIZE:
         failures.append(f"the plan is {size:.3f} of fp16's, {SIZE} are allowed")
     return {
-        **described(built, weights),
+        **described(built),
         "fp16_build_s": round(half.seconds, 1),
         "batch": BATCH,
         "ms": {name: {"busy": round(t.ms(), 3), **t.latency()} for name, t in times.items()},
@@ -140,28 +137,10 @@ def speed(folder: Path, plugin: Path, step: str, out: Path) -> dict[str, Any]:
     }
 
 
-def int8_engine(
-    model: Path, plan: Path, plugin: Path, timings: Path, out: Path, **batches: int
-) -> tuple[BuildResult, str]:
-    """The plan, and how the weights were written for the parser: as shipped, else the other way, which is then news."""
+def int8_engine(model: Path, plan: Path, plugin: Path, timings: Path, out: Path, **batches: int) -> BuildResult:
     options = BuildOptions(int8=True, timing_cache=timings, plugin=plugin, **batches)
-    try:
-        with dumping(out.with_name(f"{plan.stem}.layers.json")):
-            return build_engine(model, plan, options), "transposed"
-    except Exception as error:
-        print(f"{plan.name}, weights transposed: {type(error).__name__}: {error}", flush=True)
-    with plain_weights(), dumping(out.with_name(f"{plan.stem}.plain.layers.json")):
-        return build_engine(model, plan, options), "plain"
-
-
-@contextmanager
-def plain_weights() -> Iterator[None]:
-    before = prepare_module.float_weights
-    prepare_module.float_weights = functools.partial(float_weights, transposed=False)
-    try:
-        yield
-    finally:
-        prepare_module.float_weights = before
+    with dumping(out.with_name(f"{plan.stem}.layers.json")):
+        return build_engine(model, plan, options)
 
 
 @contextmanager
@@ -191,12 +170,11 @@ def flat_calibration(model: Path) -> Calibration:
     return Calibration(identity(info, layers, choices), {"n": 0, "sha256": "", "source": "none"}, "minmax", choices)
 
 
-def described(built: BuildResult, weights: str) -> dict[str, Any]:
+def described(built: BuildResult) -> dict[str, Any]:
     return {
         "tensorrt": built.sidecar.runtime["version"],
         "plugin_sha256": sha256_of(Path(built.sidecar.plugin["file"])) if built.sidecar.plugin else None,
         "build_s": round(built.seconds, 1),
-        "weights": weights,
         "found": built.sidecar.precision,
         "fusion": built.sidecar.build["fusion"],
         "plan_bytes": built.plan_bytes,

@@ -13,6 +13,7 @@ from vimdeploy.passes.float_weights import float_weights
 from vimdeploy.passes.no_slices import without_slices
 from vimdeploy.passes.opset import lower_opset, raise_opset
 from vimdeploy.passes.precision import LOW_SCALES_OPSET, low_values, to_precision
+from vimdeploy.passes.product_convs import products_as_convolutions
 from vimdeploy.passes.projections import projections
 from vimdeploy.passes.quantize import quantize, quantized_products
 
@@ -33,22 +34,20 @@ def run(model: ir.Model) -> np.ndarray:
     return output
 
 
-@pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("fusion", ["none", "full"])
-def test_weights_in_floats_are_the_same_weights(fusion: str, transposed: bool) -> None:
+def test_weights_in_floats_are_the_same_weights(fusion: str) -> None:
     want = run(quantized(fusion))
-    model = float_weights(quantized(fusion), transposed=transposed)
+    model = float_weights(quantized(fusion))
     assert not [
         v for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8 and v.const_value.numpy().any()
     ]
     for product in quantized_products(model.graph):
-        maker = product.inputs[1].producer()
-        turned = transposed and product.op_type == "MatMul"
-        assert maker.op_type == ("Transpose" if turned else "DequantizeLinear")
-        pair = maker.inputs[0].producer() if turned else maker
-        axis = 0 if turned or product.op_type == "Conv" else 1
-        assert pair.attributes["axis"].as_int() == pair.inputs[0].producer().attributes["axis"].as_int() == axis
-        assert pair.inputs[0].producer().inputs[0].dtype == ir.DataType.FLOAT
+        pair = product.inputs[1].producer()
+        first = pair.inputs[0].producer()
+        assert (first.op_type, pair.op_type) == ("QuantizeLinear", "DequantizeLinear")
+        axis = 0 if product.op_type == "Conv" else 1
+        assert pair.attributes["axis"].as_int() == first.attributes["axis"].as_int() == axis
+        assert first.inputs[0].dtype == ir.DataType.FLOAT
     check(ir.to_proto(model))
     # The same int8 levels; ONNX Runtime adds them in another order.
     np.testing.assert_allclose(run(model), want, rtol=1e-4, atol=1e-5)
@@ -136,3 +135,51 @@ def test_what_only_newer_pairs_can_say_is_not_lowered(attribute: str) -> None:
     node.attributes[attribute] = ir.AttrInt64(attribute, 3)
     with pytest.raises(ExportError, match="QuantizeLinear"):
         lower_opset(model, 14)
+
+
+# product_convs.py: the same integers, as 1 x 1 convolutions
+
+
+@pytest.mark.parametrize("fusion", ["none", "full"])
+def test_every_quantized_product_is_a_convolution_of_one_pixel(fusion: str) -> None:
+    want, model = run(quantized(fusion)), quantized(fusion)
+    names = [str(node.name) for node in quantized_products(model.graph)]
+    outputs = {str(node.name): (node.outputs[0].name, node.outputs[0].shape) for node in model.graph}
+    products_as_convolutions(model)
+    products = quantized_products(model.graph)
+    assert [str(node.name) for node in products] == names  # those the engine's inspector is asked for
+    assert {node.op_type for node in products} == {"Conv"}
+    made = {value.name: value.shape for node in model.graph for value in node.outputs}
+    assert all(made[name] == shape for name, shape in (outputs[each] for each in names))
+    for product in products:
+        pair = product.inputs[1].producer()
+        levels, scales = (pair.inputs[i].const_value.numpy() for i in (0, 1))
+        assert levels.dtype == np.int8 and pair.attributes["axis"].as_int() == 0
+        assert scales.ndim == 0 or len(scales) == levels.shape[0]
+    check(ir.to_proto(model))
+    np.testing.assert_allclose(run(model), want, rtol=1e-5, atol=1e-6)
+
+
+def test_their_weights_can_be_floats() -> None:
+    want, model = run(quantized("full")), float_weights(products_as_convolutions(quantized("full")))
+    for product in quantized_products(model.graph):
+        pair = product.inputs[1].producer()
+        assert pair.op_type == "DequantizeLinear" and pair.inputs[0].producer().op_type == "QuantizeLinear"
+    np.testing.assert_allclose(run(model), want, rtol=1e-4, atol=1e-5)
+
+
+def test_products_in_floats_stay() -> None:
+    model = quantized("full")
+    floats = [
+        node.name for node in model.graph if node.op_type == "MatMul" and node not in quantized_products(model.graph)
+    ]
+    products_as_convolutions(model)
+    assert [node.name for node in model.graph if node.op_type == "MatMul"] == floats
+
+
+def test_a_product_of_unknown_sides_stays() -> None:
+    model = quantized("full")
+    product = next(node for node in quantized_products(model.graph) if node.op_type == "MatMul")
+    product.outputs[0].shape = None
+    products_as_convolutions(model)
+    assert product in quantized_products(model.graph) and product.op_type == "MatMul"

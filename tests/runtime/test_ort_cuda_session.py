@@ -70,7 +70,10 @@ def fake_onnxruntime(**behaviour: Any) -> Any:
         def run_with_iobinding(self, binding: Binding, options: Any) -> None:
             if behaviour.get("fail"):
                 raise RuntimeError("CUDA error 700: an illegal memory access\nat line 1")
-            waits = options.get_run_config_entry("disable_synchronize_execution_providers") != "1"
+            try:
+                waits = options.get_run_config_entry("disable_synchronize_execution_providers") != "1"
+            except RuntimeError:  # onnxruntime's way to say that it was not set
+                waits = True
             graph = seen["providers"][0][1]["enable_cuda_graph"] == "1"
             number = options.get_run_config_entry("gpu_graph_id") if graph else None
             ((name, (dtype, shape, pointer)),) = binding.inputs.items()
@@ -119,7 +122,7 @@ def refused(model: Path, library: Path | None = None, **options: Any) -> Runtime
     return caught.value
 
 
-def test_batches_of_any_size_run_on_the_card_and_wait_once(
+def test_batches_of_any_size_run_on_the_card(
     model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen = install(monkeypatch)
@@ -135,7 +138,8 @@ def test_batches_of_any_size_run_on_the_card_and_wait_once(
     assert (name, fallback) == (PROVIDER, "CPUExecutionProvider")
     wanted = {"device_id": "0", "user_compute_stream": "7", "use_tf32": "0", "enable_cuda_graph": "0"}
     assert {name: options[name] for name in wanted} == wanted
-    assert all(not waits and number is None for _, waits, number, _ in seen["runs"])
+    # Each ends with ONNX Runtime's own wait: what it would free later, after the session, ends the process.
+    assert all(waits and number is None for _, waits, number, _ in seen["runs"])
     assert capsys.readouterr().out == ""
     with pytest.raises(UsageError, match="closed"):
         session.run(images(1))
@@ -146,7 +150,8 @@ def test_a_graph_for_each_batch_size_at_places_that_stay(model: Path, monkeypatc
     with OrtCudaSession(model, library=None, cuda_graph=True) as session:
         for count in (2, 5, 2, 5):
             np.testing.assert_allclose(session.run(images(count))["logits"], images(count).mean((2, 3)), atol=1e-6)
-    assert [(batch, number) for batch, _, number, _ in seen["runs"]] == [(2, "2"), (5, "5"), (2, "2"), (5, "5")]
+    replays = [(2, False, "2"), (5, False, "5"), (2, False, "2"), (5, False, "5")]  # waited for by whoever reads them
+    assert [(batch, waits, number) for batch, waits, number, _ in seen["runs"]] == replays
     assert len({pointer for *_, pointer in seen["runs"]}) == 2
 
 

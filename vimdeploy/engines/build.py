@@ -317,7 +317,7 @@ def _configure(
         config.set_flag(flag.INT8)
     if not can.strongly_typed and prepared.wanted.low != "fp32":
         config.set_flag(flag.FP16)
-        if can.precision_constraints:
+        if can.precision_constraints and prepared.types:
             # PREFER lets the quickest kernel win at times: an fp32 first convolution, on one build of two.
             config.set_flag(flag.OBEY_PRECISION_CONSTRAINTS)
     if options.version_compatible:

@@ -4,7 +4,7 @@ TensorRT's engine inspector lists the layers after fusion, each with the ONNX no
 and writes. The proof (design.md, "Precision"):
 
 1. Every projection (MatMul, Gemm, Conv of the typed graph) that shows must read the low type; in an fp32 build, fp32;
-   where the graph quantizes what it reads, int8.
+   where the graph quantizes what it reads, int8. Where the builder chooses the types beside int8, fp32 will do as well.
 2. Every island (the mean of squares of a norm) that shows as a layer of its own must read fp32, and every AddRMSNorm
    that shows must read the residual stream in fp32.
 3. At least one projection must show. Where TensorRT compiles regions as a whole ("ForeignNode"), it lists only the
@@ -58,7 +58,7 @@ class Wanted:
     """What the typed graph says: names of the projections, and of the nodes kept in fp32 for their range.
 
     `streams`: those that take the residual stream, in fp32, as their second input. `quantized`: the projections that
-    must be int8, whatever `low` is.
+    must be int8, whatever `low` is. `chosen`: whether the builder chooses between `low` and fp32 for the others.
     """
 
     low: str
@@ -66,6 +66,7 @@ class Wanted:
     islands: frozenset[str]
     streams: frozenset[str] = frozenset()
     quantized: frozenset[str] = frozenset()
+    chosen: bool = False
 
     @property
     def asked(self) -> str:
@@ -73,7 +74,7 @@ class Wanted:
         return "int8" if self.quantized else self.low
 
     @classmethod
-    def of(cls, graph: ir.Graph, low: str) -> Wanted:
+    def of(cls, graph: ir.Graph, low: str, *, chosen: bool = False) -> Wanted:
         """Read from the typed main graph."""
         named = [(node.op_type, node.name or "") for node in graph if node.domain in ("", "ai.onnx")]
         ours = [(node.op_type, node.name or "") for node in graph if node.domain == schema.DOMAIN]
@@ -83,6 +84,7 @@ class Wanted:
             frozenset(name for op, name in named if op == "ReduceMean"),
             frozenset(name for op, name in ours if op == schema.ADD_NORM.name),
             frozenset(node.name or "" for node in quantized_products(graph)),
+            chosen,
         )
 
 
@@ -186,7 +188,8 @@ def network_layers(network: Any) -> list[Layer]:
 def prove(layers: Sequence[Layer], wanted: Wanted, source: str) -> Found:
     """Hold the layers against what was asked for. Raises CheckFailed naming the first ones that differ."""
     shown = [layer for layer in layers if not layer.opaque]
-    floats, wrong = _seen(shown, wanted.projections - wanted.quantized, {wanted.low})
+    allowed = {wanted.low, "fp32"} if wanted.chosen else {wanted.low}
+    floats, wrong = _seen(shown, wanted.projections - wanted.quantized, allowed)
     int8, not_int8 = _seen(shown, wanted.quantized, {"int8"})
     projections = floats + int8
     islands, wide_lost = _seen([layer for layer in shown if not layer.nodes - wanted.islands], wanted.islands, {"fp32"})

@@ -17,8 +17,8 @@ from vimdeploy.passes.fuse import FUSIONS, fuse
 from vimdeploy.passes.no_slices import without_slices
 from vimdeploy.passes.old_builder import for_old_builder
 from vimdeploy.passes.opset import lower_opset, raise_opset
-from vimdeploy.passes.precision import BF16_OPSET, LOW_SCALES_OPSET, low_values, to_precision
-from vimdeploy.passes.quantize import quantized_products
+from vimdeploy.passes.precision import BF16_OPSET, LOW_SCALES_OPSET, to_precision
+from vimdeploy.passes.product_convs import products_as_convolutions
 from vimdeploy.passes.whole_rows import read_whole_rows
 
 
@@ -30,7 +30,7 @@ class Prepared:
     input: str
     shape: tuple[int | None, ...]
     wanted: Wanted
-    types: dict[str, str]  # value -> fp32 | fp16 | bf16
+    types: dict[str, str]  # value -> fp32 | fp16 | bf16; none where the builder is to choose
     nodes: tuple[str, ...]  # names, in the graph's order
     scans: frozenset[str]  # names of the vim:: nodes
     ops: frozenset[str]  # the vim:: operators among them
@@ -82,26 +82,26 @@ def prepare(
         raise_opset(graph, BF16_OPSET)
     elif int8 and precision == "fp16" and capabilities.strongly_typed:
         raise_opset(graph, LOW_SCALES_OPSET)
-    types: dict[str, str] | None = None
+    chosen = int8 and not capabilities.strongly_typed
+    if chosen:
+        products_as_convolutions(graph)
     if int8 and not capabilities.int8_constants:
         float_weights(graph)
-    if int8 and not capabilities.strongly_typed:
-        # Where the builder chooses types, pairs and products stay as it knows them best: a graph in fp32, without
-        # casts, and constraints on everything else.
-        types = _types_to_be(graph.graph, precision)
-    elif info.precision == "fp32":
+    # Where the builder chooses types, it gets a quantized graph in fp32 and no constraint: under any that was tried,
+    # 8.5 finds a node "incorrectly marked as an int8 node" (optimizer.cpp, filterQDQFormats), all its kernels removed.
+    if info.precision == "fp32" and not chosen:
         to_precision(graph, precision)
     (image,) = graph.graph.inputs
     if image.shape is None or image.name is None:
         raise ModelFileError(f"{model} does not say the shape of its input", hint="export it again")
-    types = _types(graph.graph) if types is None else types
+    types = {} if chosen else _types(graph.graph)
     ours = [node for node in graph.graph if node.domain == schema.DOMAIN]
     scans, ops = frozenset(str(node.name) for node in ours), frozenset(node.op_type for node in ours)
     shape = tuple(side if isinstance(side, int) else None for side in image.shape)
     if capabilities.plugins == "none":
         functions.attach(graph, "scan")
         graph = _inlined(graph)
-    wanted = Wanted.of(graph.graph, precision)
+    wanted = Wanted.of(graph.graph, precision, chosen=chosen)
     nodes = tuple(node.name or node.op_type for node in graph.graph)
     onnx = ir.to_proto(graph).SerializeToString()
     return Prepared(onnx, image.name, shape, wanted, types, nodes, scans, ops, fusion)
@@ -136,19 +136,6 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
 def _types(graph: ir.Graph) -> dict[str, str]:
     values = (value for node in graph for value in node.outputs)
     return {str(v.name): _NAMES[v.dtype] for v in values if v.dtype in _NAMES}
-
-
-def _types_to_be(graph: ir.Graph, precision: str) -> dict[str, str]:
-    """What `to_precision` would make each value, but for those around int8 products, which the builder types."""
-    low = low_values(graph) if precision != "fp32" else set()
-    products = quantized_products(graph)
-    free = {value for node in products for value in node.outputs}
-    weights = {node.inputs[1] for node in products}
-    for node in graph:
-        between = node.op_type in ("QuantizeLinear", "DequantizeLinear") or node.outputs[0] in weights
-        free.update(node.outputs if between else ())
-    values = [value for node in graph for value in node.outputs if value.dtype in _NAMES and value not in free]
-    return {str(value.name): precision if value in low else "fp32" for value in values}
 
 
 def _inlined(model: ir.Model) -> ir.Model:
