@@ -109,12 +109,14 @@ def network_crossover() -> str:
     rows, sizes = [], sorted({px for _, px in times})
     for model in ("Ti", "S"):
         for other in ("eager, flash attention", "eager, attention unfused"):
-            pairs = [(times.get((f"DeiT-{model} {other}", px)), times.get((f"Vim-{model} {_OURS}", px))) for px in sizes]
-            cells = [f"{theirs / ours:.2f}" if theirs and ours else "-" for theirs, ours in pairs]
+            names = f"Vim-{model} {_OURS}", f"DeiT-{model} {other}"
+            pairs = [[times.get((name, px)) for name in names] for px in sizes]
+            cells = [f"{theirs / ours:.2f}" if ours and theirs else "-" for ours, theirs in pairs]
             rows.append((f"Vim-{model}", f"DeiT {other}", *cells))
     text = _table(("model", "against", *(f"{px} px" for px in sizes)), rows)
     for entry in values["crossovers"]:
-        text += f"{entry['model']} overtakes DeiT ({entry['against']}) at {entry['px']:.0f} px, batch {entry['batch']}.\n\n"
+        where = f"{entry['px']:.0f} px, batch {entry['batch']}"
+        text += f"{entry['model']} overtakes DeiT ({entry['against']}) at {where}.\n\n"
     return text
 
 

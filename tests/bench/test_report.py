@@ -109,6 +109,22 @@ def test_losses_are_marked_like_gains() -> None:
     assert f'<b class="loss">0.83 {times}</b>' in text and f'<b class="gain">3.33 {times}</b>' in text
 
 
+def test_sizes_are_compared_each_with_its_own() -> None:
+    """A Vim-S is no faster or slower than a DeiT-Ti in any way that says something."""
+    models = {"tiny": ("Vim-Ti", "DeiT-Ti"), "small": ("Vim-S", "DeiT-S")}
+    rows = [
+        row(name, side, ms, 10.0, model=model)
+        for size, pair in models.items()
+        for name, model, factor in ((f"vim {size}", pair[0], 2), (f"deit {size}", pair[1], 4))
+        for side, ms in ((512, 3.0), (1024, 3.0 * factor))
+    ]
+    said = " ".join(" ".join(Page(page(Results(HOST, {}, tuple(rows)))).text).split())
+    first, second = said.split("What came out, Ti")[1].split("What came out, S")
+    assert "vim tiny" in first and "small" not in first
+    assert "vim small" in second and "tiny" not in second.split("How this was measured")[0]
+    assert "What came out, " not in page(Results(HOST, {}, (*rows, row("other", 512, 1.0, 1.0))))
+
+
 def test_without_baselines_it_says_how_to_get_them() -> None:
     alone = Results(HOST, {}, ROWS[:1])
     text = page(alone)

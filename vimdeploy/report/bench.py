@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from vimdeploy.bench.results import ARTIFACT, Results, Row, crossover, memory_fraction, speedup
@@ -11,6 +12,7 @@ from vimdeploy.bundle import replacing_file
 from vimdeploy.report.plots import QUANTITIES, curves_svg, has_curve
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
+_SIZES = ("Ti", "S", "B")
 
 
 def write_report(results: Results, path: Path) -> None:
@@ -22,20 +24,36 @@ def write_report(results: Results, path: Path) -> None:
 
 def page(results: Results) -> str:
     """The page: what came out in words, the two figures, every row, how it was measured, where."""
-    body = [
-        "<h1>How fast it is here</h1>",
-        _facts(results),
-        _section("What came out", _findings(results)),
-        *_figures(results),
-        _section("Every figure", _tables(results)),
-        _section("How this was measured", _method(results)),
-    ]
+    body = ["<h1>How fast it is here</h1>", _facts(results)]
+    for size, part in _by_size(results):
+        of = f", {size}" if size else ""
+        body += [
+            _section(f"What came out{of}", _findings(part)),
+            *_figures(part, of),
+            _section(f"Every figure{of}", _tables(part)),
+        ]
+    body.append(_section("How this was measured", _method(results)))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>vimdeploy bench: {html.escape(_device(results))}</title><style>{_CSS}</style></head>\n"
         f"<body><main>\n{chr(10).join(body)}\n</main></body></html>\n"
     )
+
+
+def _by_size(results: Results) -> list[tuple[str, Results]]:
+    """Results of several of the published sizes apart, (Ti, ...), (S, ...): only within one is anything compared.
+
+    Everything together, and no name, where there is one size or a network of another.
+    """
+    sizes = [row.model.rsplit("-", 1)[-1] for row in results.rows]
+    if len(set(sizes)) < 2 or not set(sizes) <= set(_SIZES):
+        return [("", results)]
+    return [
+        (size, replace(results, rows=tuple(row for row, own in zip(results.rows, sizes) if own == size)))
+        for size in _SIZES
+        if size in sizes
+    ]
 
 
 def _section(title: str, content: str) -> str:
@@ -142,7 +160,7 @@ def _crossovers(results: Results) -> list[str]:
     return sentences
 
 
-def _figures(results: Results) -> Iterable[str]:
+def _figures(results: Results, of: str) -> Iterable[str]:
     for batch in sorted({row.batch for row in results.rows}):
         drawn = [
             f"<figure>{curves_svg(results, batch, quantity)}</figure>"
@@ -150,7 +168,7 @@ def _figures(results: Results) -> Iterable[str]:
             if has_curve(results, batch, quantity)
         ]
         if drawn:
-            yield _section(f"Against resolution, batch {batch}", f'<div class="pair">{"".join(drawn)}</div>')
+            yield _section(f"Against resolution, batch {batch}{of}", f'<div class="pair">{"".join(drawn)}</div>')
 
 
 def _size(size: tuple[int, int]) -> str:
