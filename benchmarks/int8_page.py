@@ -3,36 +3,35 @@
   python benchmarks/int8_page.py           rewrite the regions
   python benchmarks/int8_page.py --check   exit 1 when the page is not what the results files say
 
-A region lies between `<!-- figures: NAME -->` and `<!-- end -->`, as in docs/performance.md; tests/docs checks.
+pages.py says what a region is.
 """
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "how-to" / "quantize.md"
-RESULTS = ROOT / "benchmarks" / "results"
-CPU, CARD = RESULTS / "int8-cpu-epyc.json", RESULTS / "int8-trt85-h100.json"
+sys.path.insert(0, str(ROOT / "benchmarks"))
 
-_REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+import pages  # noqa: E402
+from pages import RESULTS  # noqa: E402
+
+PAGE = ROOT / "docs" / "how-to" / "quantize.md"
+CPU, CARD = RESULTS / "int8-cpu-epyc.json", RESULTS / "int8-trt85-h200.json"
 
 
 def fill(text: str) -> str:
     """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
-    return _REGION.sub(lambda match: match[1] + REGIONS[match[2]]() + match[4], text)
+    return pages.fill(text, REGIONS)
 
 
 def accuracy() -> str:
     """Step by step: top-1 and signal to noise, of the model as trained and with outlier channels."""
-    values = _read(CPU)
+    values = pages.read(CPU)
     if values is None or "accuracy" not in values:
-        return _not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
+        return pages.not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
     found: dict[str, dict[str, Any]] = {}
     for row in values["accuracy"]["steps"]:
         found.setdefault(row["step"], {})[row["model"]] = row
@@ -44,14 +43,14 @@ def accuracy() -> str:
             low, high = row["interval"]
             cells += [f"{-row['points'] + 0:+.1f} ({-high:+.1f} to {-low:+.1f})", f"{row['sqnr_db']:.1f} dB"]
         rows.append((step, *cells))
-    return _table(("", "top-1, points", "SQNR", "with outliers: top-1", "SQNR"), rows)
+    return pages.table(("", "top-1, points", "SQNR", "with outliers: top-1", "SQNR"), rows)
 
 
 def speed() -> str:
     """fp32 and int8 on the CPU."""
-    values = _read(CPU)
+    values = pages.read(CPU)
     if values is None or "speed" not in values:
-        return _not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
+        return pages.not_yet("python benchmarks/int8.py -o benchmarks/results/int8-cpu-epyc.json")
     found, host = values["speed"], values["host"]
     rows = [
         (f"{threads} thread{'s' if threads != '1' else ''}", name, f"{t['p50']:.1f}", f"{t['times_fp32']:.2f}")
@@ -63,16 +62,16 @@ def speed() -> str:
     return (
         f"\n{found['model']}; {host['cpu']['name']}, {host['cpu']['cores']} cores, ONNX Runtime "
         f"{host['versions']['onnxruntime']}, {host['date']} (`benchmarks/results/{CPU.name}`).\n"
-        + _table(("", "", "ms", "times as fast as fp32"), rows)
+        + pages.table(("", "", "ms", "times as fast as fp32"), rows)
         + f"Files: {sizes}. Calibrating on {took['images']} images took {took['total_s']:.0f} s.\n\n"
     )
 
 
 def card() -> str:
-    """TensorRT 8.5 on an H100: accuracy, speed and size."""
-    values = _read(CARD)
+    """TensorRT 8.5 on a card: accuracy, speed and size."""
+    values = pages.read(CARD)
     if values is None:
-        return _not_yet("tests/gpu/int8_trt85.sh PLUGIN benchmarks/results/int8-trt85-h100.json")
+        return pages.not_yet("tests/gpu/int8_trt85.sh PLUGIN benchmarks/results/int8-trt85-h200.json")
     rows = []
     for step, row in values["steps"].items():
         if "accuracy" in row:
@@ -84,23 +83,10 @@ def card() -> str:
             )
         else:
             rows.append((step, "; ".join(row["failures"])))
-    return _table(("step", values["card"]), rows)
+    return pages.table(("step", values["card"]), rows)
 
 
 REGIONS = {"int8-accuracy": accuracy, "int8-speed": speed, "int8-card": card}
-
-
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _not_yet(command: str) -> str:
-    return f"\n*Not measured yet: `{command}`.*\n\n"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (columns, ["---"] * len(columns), *rows)]
-    return "\n" + "\n".join(lines) + "\n\n"
 
 
 def main() -> int:

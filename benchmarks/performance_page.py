@@ -3,14 +3,12 @@
   python benchmarks/performance_page.py           rewrite the regions and docs/images/*.svg
   python benchmarks/performance_page.py --check   exit 1 when the page is not what the results files say
 
-A region lies between `<!-- figures: NAME -->` and `<!-- end -->`; what is outside is written by hand. tests/docs checks
-the page, so that no figure in it can be another than in the results.
+pages.py says what a region is.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable
@@ -18,47 +16,30 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import pages  # noqa: E402
+from pages import RESULTS  # noqa: E402
 
 from vimdeploy.bench.results import Results, Row  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
-RESULTS = ROOT / "benchmarks" / "results"
 NETWORK = RESULTS / "network-h200-fp16.json"
 SCAN = RESULTS / "scan-h200-fp16.json"
 FUSED = RESULTS / "fused-h200.json"
 CPU = RESULTS / "cpu-epyc.json"
 
-_REGION = re.compile(r"(<!-- figures: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def fill(text: str) -> str:
     """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
-    return _REGION.sub(lambda match: match[1] + REGIONS[match[2]]() + match[4], text)
-
-
-def regions(text: str) -> dict[str, str]:
-    return {match[2]: match[3] for match in _REGION.finditer(text)}
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def _not_yet(command: str) -> str:
-    return f"\nNot measured yet; on a GPU host:\n\n    {command}\n\n"
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * (len(header) - 1) + "|"]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n" + "\n".join(lines) + "\n\n"
+    return pages.fill(text, REGIONS)
 
 
 def _network() -> tuple[dict[str, Any], Results] | None:
-    values = _read(NETWORK)
+    values = pages.read(NETWORK)
     return None if values is None else (values, Results.from_dict(values, str(NETWORK)))
 
 
@@ -70,21 +51,21 @@ def network_table() -> str:
     """Issue by issue: the figure, the bar, the aim."""
     found = _network()
     if found is None:
-        return _not_yet(_NETWORK_COMMAND)
+        return pages.not_yet(_NETWORK_COMMAND)
     rows = []
     for entry in found[0]["table"]:
         value = "-" if entry["value"] is None else f"{entry['value']:.2f}"
         verdict = "aim reached" if entry["aim_reached"] else "" if entry["held"] else "**missed**"
         bars = (f"{entry['least']:g}", f"{entry['aim']:g}")
         rows.append((entry["name"], value, *bars, "not measured" if entry["value"] is None else verdict))
-    return _table(("", "measured", "at least", "aim", ""), rows)
+    return pages.table(("", "measured", "at least", "aim", ""), rows)
 
 
 def network_rows() -> str:
     """Milliseconds and memory of every contender, case by case."""
     found = _network()
     if found is None:
-        return _not_yet(_NETWORK_COMMAND)
+        return pages.not_yet(_NETWORK_COMMAND)
     results = found[1]
     rows = []
     for batch, size in results.cases():
@@ -96,14 +77,14 @@ def network_rows() -> str:
             memory = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
             speed = f"{row.images_per_s:,.0f}"
             rows.append((case, row.contender, f"{row.latency_ms['p50']:.2f}", f"{row.ms:.2f}", speed, memory))
-    return _table(("case", "contender", "p50 ms", "busy ms", "images/s", "MiB"), rows)
+    return pages.table(("case", "contender", "p50 ms", "busy ms", "images/s", "MiB"), rows)
 
 
 def network_crossover() -> str:
     """How many times faster Vim is at each image size, and from which size on it is the faster one."""
     found = _network()
     if found is None:
-        return _not_yet(_NETWORK_COMMAND)
+        return pages.not_yet(_NETWORK_COMMAND)
     values, results = found
     times = {(row.contender, row.img_size[0]): row.ms for row in results.rows if row.batch == 8 and row.ms}
     rows, sizes = [], sorted({px for _, px in times})
@@ -113,7 +94,7 @@ def network_crossover() -> str:
             pairs = [[times.get((name, px)) for name in names] for px in sizes]
             cells = [f"{theirs / ours:.2f}" if ours and theirs else "-" for ours, theirs in pairs]
             rows.append((f"Vim-{model}", f"DeiT {other}", *cells))
-    text = _table(("model", "against", *(f"{px} px" for px in sizes)), rows)
+    text = pages.table(("model", "against", *(f"{px} px" for px in sizes)), rows)
     for entry in values["crossovers"]:
         where = f"{entry['px']:.0f} px, batch {entry['batch']}"
         text += f"{entry['model']} overtakes DeiT ({entry['against']}) at {where}.\n\n"
@@ -123,7 +104,7 @@ def network_crossover() -> str:
 def network_host() -> str:
     found = _network()
     if found is None:
-        return _not_yet(_NETWORK_COMMAND)
+        return pages.not_yet(_NETWORK_COMMAND)
     host = found[0]["host"]
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     parity = "; ".join(
@@ -139,9 +120,9 @@ def network_host() -> str:
 
 def scan() -> str:
     """Both directions of a layer's scan, ours and mamba-ssm's kernel."""
-    values = _read(SCAN)
+    values = pages.read(SCAN)
     if values is None:
-        return _not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h200-fp16.json")
+        return pages.not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h200-fp16.json")
     wanted = [(m, b, n) for n, batches in ((197, (1, 64)), (6085, (1, 8))) for b in batches for m in ("Ti", "S", "B")]
     found = {(r["model"], r["batch"], r["length"]): r for r in values["compare"] if r["dtype"] == "float16"}
     rows = []
@@ -153,14 +134,14 @@ def scan() -> str:
                 (f"Vim-{key[0]}", str(key[1]), str(key[2]), f"{row['fused_us']:.1f}", f"{row['mamba_us']:.1f}", ratio)
             )
     source = f"\n`benchmarks/results/{SCAN.name}`: {values['card']}, torch {values['torch']}, {values['date']}.\n"
-    return source + _table(("model", "batch", "tokens", "ours, us", "mamba-ssm, us", "ratio"), rows)
+    return source + pages.table(("model", "batch", "tokens", "ours, us", "mamba-ssm, us", "ratio"), rows)
 
 
 def fused() -> str:
     """The small operators around the scan, and PyTorch's."""
-    values = _read(FUSED)
+    values = pages.read(FUSED)
     if values is None:
-        return _not_yet("python benchmarks/fused.py --output benchmarks/results/fused-h200.json")
+        return pages.not_yet("python benchmarks/fused.py --output benchmarks/results/fused-h200.json")
     rows = [
         (r["op"], f"Vim-{r['model']}", str(r["batch"]), str(r["length"]), f"{r['us']:.1f}", f"{r['torch_us']:.1f}",
          f"{r['memory_us']:.1f}")
@@ -169,14 +150,14 @@ def fused() -> str:
     ]  # fmt: skip
     source = f"\n`benchmarks/results/{FUSED.name}`: {values['card']}, torch {values['torch']}, {values['date']}.\n"
     header = ("operator", "model", "batch", "tokens", "ours, us", "PyTorch, us", "memory alone, us")
-    return source + _table(header, rows)
+    return source + pages.table(header, rows)
 
 
 def cpu() -> str:
     """Time and memory of whole networks on a CPU, and how many times as long and as much as ours each takes."""
-    found = _read(CPU)
+    found = pages.read(CPU)
     if found is None:
-        return _not_yet(f"python benchmarks/cpu.py --output {CPU.relative_to(ROOT)}")
+        return pages.not_yet(f"python benchmarks/cpu.py --output {CPU.relative_to(ROOT)}")
     rows = []
     for run in found["network"]:
         ours = next(row for row in run["rows"] if "-full-" in row["contender"] and row["role"] == "artifact")
@@ -188,7 +169,7 @@ def cpu() -> str:
     told = f"\n`{CPU.relative_to(ROOT)}`: {found['cpu']}, ONNX Runtime {found['versions']['onnxruntime']}, "
     told += f"{found['date']}; "
     header = ("model", "threads", "contender", "ms", "against ours", "peak MiB")
-    return told + "fp32, batch 1.\n" + _table(header, rows)
+    return told + "fp32, batch 1.\n" + pages.table(header, rows)
 
 
 REGIONS: dict[str, Callable[[], str]] = {

@@ -119,14 +119,14 @@ def load_page_script() -> ModuleType:
 def test_the_performance_page_says_what_the_results_say() -> None:
     script = load_page_script()
     text = script.PAGE.read_text()
-    assert set(script.regions(text)) == set(script.REGIONS)
+    assert set(script.pages.regions(text)) == set(script.REGIONS)
     assert script.fill(text) == text, "run python benchmarks/performance_page.py"
 
 
 def test_a_changed_figure_of_the_page_is_noticed() -> None:
     script = load_page_script()
     text = script.PAGE.read_text()
-    figure = re.search(r"\| (\d+\.\d) \|", script.regions(text)["scan"])[1]  # type: ignore[index]
+    figure = re.search(r"\| (\d+\.\d) \|", script.pages.regions(text)["scan"])[1]  # type: ignore[index]
     changed = text.replace(f"| {figure} |", "| 0.123 |")
     assert changed != text and script.fill(changed) == script.fill(text)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +48,16 @@ def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
     return Variant(STATES, channels, lanes, tile, items, 0)
 
 
-# (lanes, channels, tile, items), as VIM_STATES_INSTANCES in kernels/cuda/choose_variant.h.
-STATES_INSTANCES = [(16, 4, 64, 1), (16, 4, 128, 1), (16, 12, 64, 2), (8, 8, 64, 1), (8, 24, 32, 2), (4, 16, 32, 2)]
-STATES_INSTANCES += [(2, 32, 32, 4)]
+def instances(macro: str) -> list[tuple[int, ...]]:
+    """What an X(...) list of kernels/cuda/choose_variant.h holds."""
+    text = (ROOT / "kernels/cuda/choose_variant.h").read_text()
+    listed = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*\n)", text)
+    assert listed, macro
+    return [tuple(map(int, each.split(","))) for each in re.findall(r"X\(([\d, ]+)\)", listed[1])]
 
-# (lanes, tokens, channels), as VIM_LANES_INSTANCES in kernels/cuda/choose_variant.h.
-INSTANCES = [(8, 13, 16), (16, 13, 6), (16, 13, 12), (8, 16, 16), (32, 16, 6)]
+
+STATES_INSTANCES = [each[:4] for each in instances("VIM_STATES_INSTANCES")]  # (lanes, channels, tile, items)
+INSTANCES = [(w, t, c) for t, w, c in instances("VIM_LANES_INSTANCES")]  # (lanes, tokens, channels)
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]
 SINGLE_VARIANTS += [states(*each) for each in STATES_INSTANCES]

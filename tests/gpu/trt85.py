@@ -219,7 +219,7 @@ def refusals(folder: Path, plugin: Path) -> dict[str, tuple[str, Callable[[], An
         "another plugin": ("SHA-256", lambda: open_session(copy("plugin", other_plugin))),
         "missing plugin": ("not there", lambda: open_session(copy("gone", no_plugin), plugin=scratch / "gone.so")),
         "batch outside": ("1 to 64", large),
-        "too little workspace": ("workspace", lambda: build(precision="fp16", workspace=1)),
+        # 8.5 builds the digits in 1 byte of workspace; too little of it is refused in tests/engines.
         "no bf16 in 8.5": ("bf16", lambda: build(precision="bf16")),
         "no version compatibility in 8.5": ("version-compatible", lambda: build(version_compatible=True)),
     }
