@@ -46,7 +46,7 @@ struct StatesSizes {
   static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
   static constexpr int Scanning(int lanes, int channels) { return lanes * channels; }  // threads of one direction
   static constexpr int Helping(int channels, int tile, int items) { return tile * channels / 4 / items; }
-  static constexpr int64_t kLongestRow = INT32_MAX / 256;  // so that a tile of rows is counted in 32 bits
+  static constexpr int64_t kLongestRow = INT32_MAX / 1024;  // so that four tiles of rows are counted in 32 bits
   static constexpr int Threads(int lanes, int channels, int tile, int items, int directions) {
     return directions * (Scanning(lanes, channels) + Helping(channels, tile, items));
   }

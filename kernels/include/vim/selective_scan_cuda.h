@@ -43,7 +43,7 @@ typedef struct vim_scan_variant {
   int32_t form;     /* vim_scan_form */
   int32_t channels; /* sequential: channels a thread (1, 2); lanes, states: channels a block */
   int32_t lanes;    /* lanes, states: lanes a row */
-  int32_t tokens;   /* lanes: tokens a lane (7, 13, 16); states: tokens a tile */
+  int32_t tokens;   /* lanes: tokens a lane (13, 16); states: tokens a tile */
   int32_t split;    /* lanes: warps that share a row's states (1, 2, 4); states: tokens of a tile a helper thread has */
   int32_t cluster;  /* lanes: 1 = the two directions are two blocks of a cluster (sm_90 and later) */
 } vim_scan_variant;

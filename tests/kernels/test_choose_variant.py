@@ -1,0 +1,108 @@
+"""Which CUDA kernel serves which sizes: host code, so no card and no CUDA are needed to ask."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+GENERIC, SEQUENTIAL, LANES, STATES = range(4)
+SMS = (75, 80, 86, 87, 89, 90, 100, 120)
+POINTS = re.findall(r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (ROOT / "kernels/cuda/variant_table.inc").read_text(), re.M)
+
+
+class Sizes(ctypes.Structure):
+    """vim::cuda::Sizes."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "length", "channels", "states", "groups")] + [
+        ("element_bytes", ctypes.c_int),
+        ("pair", ctypes.c_bool),
+        ("row_alignment", ctypes.c_int),
+        ("states_aligned", ctypes.c_bool),
+        ("longest_row", ctypes.c_int64),
+    ]
+
+
+Variant = ctypes.c_int32 * 6  # form, channels, lanes, tokens, split, cluster
+
+
+def sizes(batch: int, length: int, channels: int, **changes: object) -> Sizes:
+    """Of a Vim layer in fp16, contiguous."""
+    made = Sizes(batch, length, channels, 16, 1, 2, True, 16, True, 2 * channels)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    return made
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    out = tmp_path_factory.mktemp("choose") / "libchoose.so"
+    sources = [ROOT / "kernels/cuda/choose_variant.cc", ROOT / "tests/cpp/choose_variant_c.cc"]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'kernels/include'}"]
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+def choose(library: ctypes.CDLL, wanted: Sizes, sm: int = 90) -> tuple[int, ...]:
+    chosen = Variant()
+    library.choose(ctypes.byref(wanted), sm, chosen)
+    return tuple(chosen)
+
+
+def test_the_table_covers_a_grid() -> None:
+    rows, lengths = {int(rows) for rows, _, _ in POINTS}, {int(length) for _, length, _ in POINTS}
+    assert len(POINTS) == len(rows) * len(lengths) >= 40
+
+
+@pytest.mark.parametrize(("rows", "length", "fields"), POINTS)
+def test_every_measured_point_gets_what_was_fastest_there(
+    library: ctypes.CDLL, rows: str, length: str, fields: str
+) -> None:
+    """And so that every entry of the table is a kernel that is compiled and fits an H100."""
+    channels = 384 if int(rows) % 768 else 768
+    assert choose(library, sizes(int(rows) // channels, int(length), channels)) == tuple(map(int, fields.split(",")))
+
+
+@pytest.mark.parametrize("element_bytes", [2, 4])
+@pytest.mark.parametrize("pair", [True, False])
+@pytest.mark.parametrize("sm", SMS)
+def test_every_sm_has_a_fast_kernel_for_every_vim(
+    library: ctypes.CDLL, sm: int, pair: bool, element_bytes: int
+) -> None:
+    for batch, length, channels in [(1, 197, 384), (3, 500, 768), (64, 197, 1536), (1, 16385, 384), (8, 1, 768)]:
+        wanted = sizes(batch, length, channels, pair=pair, element_bytes=element_bytes)
+        chosen = choose(library, wanted, sm)
+        assert chosen[0] != GENERIC
+        assert not (chosen[5] and (sm < 90 or not pair))  # clusters came with 9.0, and are for pairs
+        assert library.can_run(Variant(*chosen), ctypes.byref(wanted), sm)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("states", 15), ("states_aligned", False), ("length", (1 << 30) + 1), ("row_alignment", 2)]
+)
+def test_what_the_fast_kernels_cannot_do_goes_to_the_generic_one(library: ctypes.CDLL, name: str, value: int) -> None:
+    wanted = sizes(2, 197, 384)
+    setattr(wanted, name, value)
+    assert choose(library, wanted)[0] == GENERIC
+
+
+def test_rows_too_long_to_count_in_32_bits_go_elsewhere(library: ctypes.CDLL) -> None:
+    assert choose(library, sizes(1, 197, 384))[0] == STATES
+    limit = (2**31 - 1) // 1024
+    assert choose(library, sizes(1, 197, 384, longest_row=limit))[0] == STATES
+    assert choose(library, sizes(1, 197, 384, longest_row=limit + 1))[0] in (SEQUENTIAL, LANES)
+
+
+def test_a_block_of_channels_stays_within_a_group(library: ctypes.CDLL) -> None:
+    grouped = sizes(8, 197, 384, groups=32)  # 12 channels each
+    chosen = choose(library, grouped)
+    assert chosen[0] == GENERIC or 12 % chosen[1] == 0
+    assert not library.can_run(Variant(STATES, 8, 8, 64, 1, 0), ctypes.byref(grouped), 90)
