@@ -20,7 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <memory>
+#include <map>
 #include <random>
 #include <vector>
 
@@ -34,7 +34,7 @@
 struct EmulatedIndex {
   unsigned x = 0, y = 0, z = 0;
 };
-inline EmulatedIndex threadIdx, blockIdx;
+inline EmulatedIndex threadIdx, blockIdx, blockDim;
 
 namespace vim::cuda {
 alignas(16) inline unsigned char shared_memory[1 << 18];
@@ -42,7 +42,9 @@ alignas(16) inline unsigned char shared_memory[1 << 18];
 
 namespace emulated {
 
+constexpr size_t kMostShared = 227 * 1024;  // of a block on an H100
 inline int order = 0;
+inline bool refused = false;  // a launch that no card would take
 
 class Block {
  public:
@@ -66,9 +68,8 @@ class Block {
     size_t done = 0;
     while (done < fibers_.size()) {
       if (ready_.empty()) {
-        if (at_barrier_.size() != fibers_.size() - done) Fail("some wait for the block, others for their warp");
-        ready_.swap(at_barrier_);
-        std::sort(ready_.begin(), ready_.end());
+        if (at_barrier_[0].size() != fibers_.size() - done) Fail("some wait for the block, others for something else");
+        Release(0);
       }
       const size_t next = order == 0 ? 0 : order == 1 ? ready_.size() - 1 : random_() % ready_.size();
       current_ = ready_[next];
@@ -79,23 +80,28 @@ class Block {
     }
   }
 
-  void WaitForBlock() {
-    at_barrier_.push_back(current_);
+  // Barrier `id` of `count` threads; 0 is the whole block's.
+  void WaitFor(int id, unsigned count = 0) {
+    at_barrier_[id].push_back(current_);
+    if (id != 0 && at_barrier_[id].size() == count) Release(id);
     Yield();
   }
 
-  float Shuffle(float value, int mask) {
+  // What lane `from` of this warp gives in the same exchange; the caller's own where there is no such lane.
+  float Exchange(float value, int from) {
     Warp& warp = warps_[current_ / 32];
-    const unsigned lane = current_ % 32, turn = fibers_[current_].shuffles++ & 1;
-    warp.values[turn][lane] = value;
+    const unsigned turn = fibers_[current_].exchanges++ & 1;
+    warp.values[turn][Lane()] = value;
     warp.waiting.push_back(current_);
     if (warp.waiting.size() == 32) {
       ready_.insert(ready_.end(), warp.waiting.begin(), warp.waiting.end());
       warp.waiting.clear();
     }
     Yield();
-    return warp.values[turn][lane ^ static_cast<unsigned>(mask)];
+    return from < 0 ? value : warp.values[turn][from];
   }
+
+  int Lane() const { return static_cast<int>(current_ % 32); }
 
   inline static Block* running = nullptr;
 
@@ -103,7 +109,7 @@ class Block {
   struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
-    unsigned shuffles = 0;
+    unsigned exchanges = 0;
     bool done = false;
   };
   struct Warp {
@@ -115,6 +121,12 @@ class Block {
     running->body_();
     running->fibers_[running->current_].done = true;
   }
+  void Release(int id) {
+    std::vector<unsigned>& waiting = at_barrier_[id];
+    std::sort(waiting.begin(), waiting.end());
+    ready_.insert(ready_.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+  }
   void Yield() { swapcontext(&fibers_[current_].context, &scheduler_); }
   [[noreturn]] static void Fail(const char* why) {
     std::fprintf(stderr, "deadlock: %s\n", why);
@@ -125,21 +137,40 @@ class Block {
   std::mt19937 random_;
   std::vector<Fiber> fibers_;
   std::vector<Warp> warps_;
-  std::vector<unsigned> ready_, at_barrier_;
+  std::vector<unsigned> ready_;
+  std::map<int, std::vector<unsigned>> at_barrier_;
   unsigned current_ = 0;
   ucontext_t scheduler_;
 };
 
-template <typename Kernel, typename Params>
-void Launch(Kernel kernel, unsigned blocks, unsigned threads, size_t shared, const Params& params) {
-  if (shared > sizeof(vim::cuda::shared_memory)) std::abort();
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) Block(threads, [&] { kernel(params); }).Run();
+template <typename Kernel, typename... Args>
+void Launch(Kernel kernel, unsigned blocks, unsigned threads, size_t shared, const Args&... args) {
+  refused = shared > kMostShared || threads > 1024;
+  if (refused) return;
+  blockDim.x = threads;
+  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) Block(threads, [&] { kernel(args...); }).Run();
+}
+
+// lanes.cuh's functions of these names.
+inline void ScanStep(float& decay, float& state, int offset) {
+  const int from = Block::running->Lane() - offset;
+  const float s = Block::running->Exchange(state, from), d = Block::running->Exchange(decay, from);
+  if (from < 0) return;
+  state = std::fma(decay, s, state);
+  decay *= d;
+}
+inline void FromLaneBefore(float value, float& first, int offset) {
+  const int from = Block::running->Lane() - offset;
+  const float before = Block::running->Exchange(value, from);
+  if (from >= 0) first = before;
 }
 
 }  // namespace emulated
 
-inline void __syncthreads() { emulated::Block::running->WaitForBlock(); }
-inline float __shfl_xor_sync(unsigned, float value, int mask) { return emulated::Block::running->Shuffle(value, mask); }
+inline void __syncthreads() { emulated::Block::running->WaitFor(0); }
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  return emulated::Block::running->Exchange(value, emulated::Block::running->Lane() ^ mask);
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));

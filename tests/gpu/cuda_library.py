@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "tests"))
+from kernel_instances import instances  # noqa: E402
+
 IO = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 GENERIC, SEQUENTIAL, LANES, STATES = 0, 1, 2, 3
 OK, UNSUPPORTED, LAUNCH_FAILED = 0, 1, 2
@@ -46,14 +49,6 @@ def lanes(lanes: int, tokens: int, channels: int = 8, split: int = 1, cluster: i
 
 def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
     return Variant(STATES, channels, lanes, tile, items, 0)
-
-
-def instances(macro: str) -> list[tuple[int, ...]]:
-    """What an X(...) list of kernels/cuda/choose_variant.h holds."""
-    text = (ROOT / "kernels/cuda/choose_variant.h").read_text()
-    listed = re.search(rf"#define {macro}\(X\)((?:.*\\\n)*.*\n)", text)
-    assert listed, macro
-    return [tuple(map(int, each.split(","))) for each in re.findall(r"X\(([\d, ]+)\)", listed[1])]
 
 
 STATES_INSTANCES = [each[:4] for each in instances("VIM_STATES_INSTANCES")]  # (lanes, channels, tile, items)

@@ -1,0 +1,91 @@
+"""The CUDA scan's kernels built for the CPU: tests/cpp/cuda_on_cpu.h in the place of what only nvcc understands."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_LAUNCH = (r"(\w[\w<>, ]*?)<<<(.+?), ([^,]+), (\w+), stream>>>\((.*?)\);", r"emulated::Launch(\1, \2, \3, \4, \5);")
+_ATTRIBUTE = (r"cudaFuncSetAttribute\(kernel,[^;]*\);", "cudaSuccess;")
+_ERROR = (r"cudaGetLastError\(\)", "cudaSuccess")
+#: file -> what only nvcc understands, and what stands for it
+REPLACED = {
+    "cuda/math.cuh": ((r'asm\("ex2.*\n', "y = exp2f(x);\n"), (r'asm\("rcp.*\n', "y = 1.0f / x;\n")),
+    "cuda/generic.cuh": (_LAUNCH, _ERROR),
+    "cuda/sequential.cuh": (
+        _LAUNCH,
+        _ERROR,
+        (r'asm volatile\("bar.sync (\d).*\n', r"emulated::Block::running->WaitFor(\1, kSequentialThreads);\n"),
+        (
+            r"__shared__ (SequentialShared<IO, kChannels>) shared\[2\];",
+            r"auto& shared = *reinterpret_cast<\1(*)[2]>(shared_memory);",
+        ),
+    ),
+    "cuda/lanes.cuh": (
+        _ATTRIBUTE,
+        (
+            r"asm volatile\(\s*\"\{ \.reg \.pred in; \.reg \.f32 d(?s:.*?)\"r\"\(offset\)\);",
+            "emulated::ScanStep(decay, state, offset);",
+        ),
+        (
+            r"asm volatile\(\s*\"\{ \.reg \.pred in; \.reg \.f32 v(?s:.*?)\"r\"\(offset\)\);",
+            "emulated::FromLaneBefore(value, first, offset);",
+        ),
+        (
+            r"return cudaLaunchKernelEx\(&config, kernel, params, shape\);",
+            "emulated::Launch(kernel, config.gridDim.x, threads, shared, params, shape); return cudaSuccess;",
+        ),
+    ),
+    "cuda/states.cuh": (_LAUNCH, _ATTRIBUTE, _ERROR),
+}
+
+
+def build(folder: Path, changes: dict[str, tuple[tuple[str, str], ...]] | None = None) -> ctypes.CDLL:
+    """The kernels, with `changes` of one's own besides: file -> (pattern, replacement). Skips where it cannot be."""
+    nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
+    headers = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
+    headers = [each for each in (*headers, Path("/usr/local/cuda/include")) if (each / "cuda_fp16.h").is_file()]
+    if not headers or compiler is None:
+        pytest.skip("no CUDA headers, or no g++")
+    for name, replaced in REPLACED.items():
+        text = (ROOT / "kernels" / name).read_text()
+        for pattern, replacement in (*replaced, *(changes or {}).get(name, ())):
+            text, count = re.subn(pattern, replacement, text)
+            assert count, f"{name} has nothing like {pattern}"
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    out = folder / "libscan.so"
+    includes = [folder, ROOT / "kernels", ROOT / "kernels/include", ROOT / "tests/cpp", headers[0]]
+    flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", *(f"-I{each}" for each in includes)]
+    subprocess.run([compiler, *flags, str(ROOT / "tests/cpp/scan_on_cpu.cc"), "-o", str(out)], check=True)
+    return ctypes.CDLL(str(out))
+
+
+class Direction(ctypes.Structure):
+    """vim::cuda::Direction."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("u", "delta", "B", "C", "A", "D", "delta_bias")] + [
+        (name, ctypes.c_int64)
+        for name in (
+            *("u_batch", "u_token", "delta_batch", "delta_token"),
+            *(f"{name}_{what}" for name in "BC" for what in ("batch", "token", "group")),
+        )
+    ]
+
+
+class Params(ctypes.Structure):
+    """vim::cuda::Params."""
+
+    _fields_ = [
+        ("direction", Direction * 2),
+        *((name, ctypes.c_void_p) for name in ("z", "y_scale", "y")),
+        *((name, ctypes.c_int64) for name in ("z_batch", "z_token", "y_batch", "y_token")),
+        *((name, ctypes.c_int) for name in ("batch", "length", "channels", "states", "groups", "channels_per_group")),
+        *((name, ctypes.c_int) for name in ("pair", "reverse", "delta_softplus", "add_to_y", "state_granule")),
+    ]
