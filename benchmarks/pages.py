@@ -33,7 +33,7 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def not_yet(command: str) -> str:
-    return f"\nNot measured yet; on a GPU host:\n\n    {command}\n\n"
+    return f"\nNot measured yet:\n\n    {command}\n\n"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -6,7 +6,6 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
-#include <type_traits>
 
 namespace vim::cuda {
 
@@ -113,7 +112,7 @@ __device__ __forceinline__ float Reciprocal(float x) {
 // rounding is 4.9e-4), 2e-7 for fp32. Above 20 the result is x. In place; step by step for all, so that a lone warp
 // has other work while a step's result is on its way.
 template <bool kFloat32, int kCount>
-__device__ __forceinline__ void SoftplusEach(float* x, std::integral_constant<int, kCount>) {
+__device__ __forceinline__ void SoftplusEach(float* x) {
   constexpr int kTerms = kFloat32 ? 9 : 6;
   constexpr float kFit[2][9] = {
       {-2.386938967e-02f, 1.012233421e-01f, -2.100501657e-01f, 3.252075016e-01f, -4.993615448e-01f, 9.999915957e-01f},
@@ -134,13 +133,13 @@ __device__ __forceinline__ void SoftplusEach(float* x, std::integral_constant<in
 
 template <bool kFloat32>
 __device__ __forceinline__ float Softplus(float x) {
-  SoftplusEach<kFloat32>(&x, std::integral_constant<int, 1>());
+  SoftplusEach<kFloat32, 1>(&x);
   return x;
 }
 
 // x sigmoid(x): two MUFU. 2^-21 relative; exact limits at both ends (rcp of infinity is 0). In place.
 template <int kCount>
-__device__ __forceinline__ void SiluEach(float* x, std::integral_constant<int, kCount>) {
+__device__ __forceinline__ void SiluEach(float* x) {
   float e[kCount];
 #pragma unroll
   for (int i = 0; i < kCount; ++i) e[i] = Exp2(x[i] * -kLog2e);
@@ -151,7 +150,7 @@ __device__ __forceinline__ void SiluEach(float* x, std::integral_constant<int, k
 }
 
 __device__ __forceinline__ float Silu(float x) {
-  SiluEach(&x, std::integral_constant<int, 1>());
+  SiluEach<1>(&x);
   return x;
 }
 

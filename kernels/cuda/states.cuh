@@ -328,7 +328,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
 #pragma unroll
       for (int e = 0; e < 4; ++e) step[j][e] = At(delta4, e) + At(bias, e);
     }
-    if (p.delta_softplus) SoftplusEach<kFloat32>(&step[0][0], std::integral_constant<int, 4 * kItems>());
+    if (p.delta_softplus) SoftplusEach<kFloat32, 4 * kItems>(&step[0][0]);
     float* const steps = &shared.step[buffer][piece][first_row];
     float* const gains = &shared.gain[buffer][piece][first_row];
 #pragma unroll
@@ -388,7 +388,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
 #pragma unroll
           for (int e = 0; e < 4; ++e) through[j][e] = At(gate4, e);
         }
-        SiluEach(&through[0][0], std::integral_constant<int, 4 * kItems>());
+        SiluEach<4 * kItems>(&through[0][0]);
 #pragma unroll
         for (int j = 0; j < kItems; ++j)
 #pragma unroll

@@ -3,9 +3,9 @@
 // Each thread of a block is a fiber that runs until it waits: at the block's barrier or, in a shuffle, for its warp.
 // Who runs next is up to `order`: 0 the first of those who can, 1 the last, others at random. A kernel in which a
 // thread reads what another writes between the same two barriers gives other results in some order. Shared memory
-// starts as NaN. No timing, no divergence within a warp but at shuffles, one block after another.
+// starts as NaN. No timing, no clusters, one block after another.
 //
-// Included before any kernel, in place of the runtime's own launch.
+// Included before any kernel. tests/cuda_on_cpu.py puts these functions in the place of what only nvcc understands.
 #ifndef VIM_TESTS_CUDA_ON_CPU_H_
 #define VIM_TESTS_CUDA_ON_CPU_H_
 

@@ -100,6 +100,7 @@ class Layer:
         half, fields = self.io == np.float16, (ctypes.c_int32 * 6)(*variant)
         status = library.scan(half, ctypes.byref(self.params(y, sides)), fields, order)
         if status == TOO_LARGE:
+            assert variant[0] == LANES and len(sides) == 2
             pytest.skip("both directions in one block take more shared memory than there is")
         assert status == 0
         return y

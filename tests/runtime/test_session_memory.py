@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from official import write_official
+from ort_library import ort_library
 
 from vimdeploy.export.exporter import ExportOptions, export_checkpoint
 from vimdeploy.models.variants import VimConfig
-from vimdeploy.runtimes.library import ort_library_path
 
 PROBE = """
 import json, re, sys
@@ -46,7 +46,7 @@ def test_later_runs_take_no_more_memory_than_the_first(tmp_path: Path) -> None:
     config = VimConfig(d_model=128, depth=2, img_size=(640, 640), num_classes=5)
     name = "vim_micro_patch16_640_bimambav2_final_pool_mean_abs_pos_embed_with_midclstok_div2"
     made = export_checkpoint(write_official(tmp_path / "m.pth", config, name), tmp_path / "m.vim", ExportOptions())
-    command = [sys.executable, "-c", PROBE, str(made.model), str(ort_library_path()), "640"]
+    command = [sys.executable, "-c", PROBE, str(made.model), str(ort_library()), "640"]
     before, first, last = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     taken = first - before
     assert taken > 20_000

@@ -1,4 +1,4 @@
-"""Write int8 products as 1 x 1 convolutions, for a builder that has int8 kernels for those only (TensorRT 8.5, 8.6).
+"""Write int8 products as 1 x 1 convolutions, the form in which TensorRT 8.5.3.1 was seen to build them in int8.
 
     Before: x (..., C) -> Q -> DQ --------------------> MatMul (int8 W (C, N) -> DQ <axis 1>) -> y (..., N)
     After:  x -> Reshape (-1, C, 1, 1) -> Q -> DQ ----> Conv (int8 W^T (N, C, 1, 1) -> DQ <axis 0>) -> Reshape -> y
