@@ -1,6 +1,6 @@
 """Launches chosen variants a few times, for a profiler or compute-sanitizer to watch.
 
-ncu --metrics ... python benchmarks/profile_scan.py Ti 64 197 1,1,0,0,0,0
+ncu --metrics ... python benchmarks/profile_scan.py Ti 64 197 1,1,0,0,0,0,0
 """
 
 from __future__ import annotations

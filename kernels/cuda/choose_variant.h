@@ -30,25 +30,26 @@ struct Sizes {
   X(16, 8, 16)                 \
   X(16, 32, 6)
 
-// Instances of the states form, (lanes, channels, tile, items, blocks an SM is to hold). 24 channels a block make 128
-// blocks of Vim-Ti at batch 8, one an SM.
+// Instances of the states form, (lanes, channels, tile, items, rows a lane, blocks an SM is to hold). 24 channels a
+// block make 128 blocks of Vim-Ti at batch 8, one an SM.
 #define VIM_STATES_INSTANCES(X) \
-  X(16, 4, 64, 1, 1)            \
-  X(16, 4, 128, 1, 1)           \
-  X(16, 12, 64, 2, 1)           \
-  X(8, 8, 64, 1, 1)             \
-  X(8, 24, 32, 2, 1)            \
-  X(4, 16, 32, 2, 3)            \
-  X(2, 32, 32, 4, 2)
+  X(16, 4, 64, 1, 1, 1)         \
+  X(16, 4, 128, 1, 1, 1)        \
+  X(16, 12, 64, 2, 1, 1)        \
+  X(8, 8, 64, 1, 1, 1)          \
+  X(8, 24, 32, 2, 2, 1)         \
+  X(4, 16, 32, 2, 1, 3)         \
+  X(4, 32, 32, 4, 2, 2)
 
 // Threads, registers and shared memory of the states form.
 struct StatesSizes {
   static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
-  static constexpr int Scanning(int lanes, int channels) { return lanes * channels; }  // threads of one direction
+  // Threads of one direction.
+  static constexpr int Scanning(int lanes, int channels, int rows) { return lanes * channels / rows; }
   static constexpr int Helping(int channels, int tile, int items) { return tile * channels / 4 / items; }
   static constexpr int64_t kLongestRow = INT32_MAX / 1024;  // so that four tiles of rows are counted in 32 bits
-  static constexpr int Threads(int lanes, int channels, int tile, int items, int directions) {
-    return directions * (Scanning(lanes, channels) + Helping(channels, tile, items));
+  static constexpr int Threads(int lanes, int channels, int tile, int items, int rows, int directions) {
+    return directions * (Scanning(lanes, channels, rows) + Helping(channels, tile, items));
   }
   static constexpr int StateItems(int channels, int tile, int items) {  // of four states of four tokens, a helper
     return (2 * tile + Helping(channels, tile, items) - 1) / Helping(channels, tile, items);

@@ -3,7 +3,7 @@
 // A row is one channel of one direction. kLanes lanes walk its tokens side by side, each with 16 / kLanes of the states
 // in registers: five instructions a state and token, the least there is, and a chain of one FMA a token. The lanes'
 // parts of y are summed kLanes tokens at a time by a reduction that leaves each lane one token's sum (kLanes - 1
-// shuffles).
+// shuffles). A lane may walk two rows at once (kRows), which share the B and C it reads.
 //
 // Everything that is not the recurrence is done by helper warps of the same block, a tile ahead or a tile behind: B and
 // C to fp32 and transposed, Delta through its softplus, Delta u; then D u, the partner's part, the gate and the
@@ -72,7 +72,7 @@ __device__ __forceinline__ void HalveSum(float* y, int half, int stride, int par
 // A warp may be alone on its quarter of the SM, so what takes long is asked for ahead: four tokens are loaded and their
 // decays computed while others are scanned, and a group's sums are gathered a round at a time during the next group.
 // (A store to shared memory also keeps the compiler from moving later loads before it.)
-template <typename IO, int kLanes, int kTile, typename Shared>
+template <typename IO, int kLanes, int kTile, int kRows, typename Shared>
 __device__ __forceinline__ void ScanTiles(const Direction& direction, int channels, Shared& shared, int thread,
                                           int first_channel, int tiles, int middle) {
   constexpr int kRowsPerWarp = 32 / kLanes;
@@ -86,22 +86,25 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
   static_assert(kTile % kGroup == 0 && (1 << kRounds) == kLanes);
   const int lane = threadIdx.x & 31;
   // The rows of a warp are interleaved: neighbours read the same B and C.
-  const int row = thread / 32 * kRowsPerWarp + lane % kRowsPerWarp;
+  const int first_row = thread / 32 * kRowsPerWarp * kRows + lane % kRowsPerWarp;  // then every kRowsPerWarp-th
   const int part = lane / kRowsPerWarp;
 
-  float A[kOwn], state[kOwn];
+  float A[kRows][kOwn], state[kRows][kOwn];
 #pragma unroll
-  for (int m = 0; m < kOwn; ++m) {
-    const int64_t channel = min(first_channel + row, channels - 1);
-    A[m] = direction.A[channel * kStates + part + m * kLanes] * kLog2e;
-    state[m] = 0.0f;
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t channel = min(first_channel + first_row + r * kRowsPerWarp, channels - 1);
+#pragma unroll
+    for (int m = 0; m < kOwn; ++m) {
+      A[r][m] = direction.A[channel * kStates + part + m * kLanes] * kLog2e;
+      state[r][m] = 0.0f;
+    }
   }
 
   struct Loaded {
-    float4 step, gain, b[kOwn], c[kOwn];
+    float4 step[kRows], gain[kRows], b[kOwn], c[kOwn];
   };
   struct Ready {
-    float decay[kOwn][4], add[kOwn][4];
+    float decay[kRows][kOwn][4], add[kRows][kOwn][4];
     float4 c[kOwn];
   };
   auto transform = [&](const Loaded& from) {
@@ -109,11 +112,15 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
 #pragma unroll
     for (int t = 0; t < 4; ++t)
 #pragma unroll
-      for (int m = 0; m < kOwn; ++m) to.decay[m][t] = Decay<kFloat32>(At(from.step, t) * A[m]);
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) to.decay[r][m][t] = Decay<kFloat32>(At(from.step[r], t) * A[r][m]);
 #pragma unroll
     for (int m = 0; m < kOwn; ++m) {
 #pragma unroll
-      for (int t = 0; t < 4; ++t) to.add[m][t] = At(from.gain, t) * At(from.b[m], t);
+      for (int r = 0; r < kRows; ++r)
+#pragma unroll
+        for (int t = 0; t < 4; ++t) to.add[r][m][t] = At(from.gain[r], t) * At(from.b[m], t);
       to.c[m] = from.c[m];
     }
     return to;
@@ -125,14 +132,18 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
   for (int walk = 0; walk <= tiles; ++walk) {
     if (walk < tiles) {
       const int buffer = walk & 1;
-      const float* const steps = shared.step[buffer][row];
-      const float* const gains = shared.gain[buffer][row];
-      float* const out = shared.out[buffer][row];
+      const float* const steps = shared.step[buffer][first_row];
+      const float* const gains = shared.gain[buffer][first_row];
+      float* const out = shared.out[buffer][first_row];
+      constexpr int kNextRow = kRowsPerWarp * shared.kPitch;
       const float* const states = shared.states[buffer][part];
       auto load = [&](int from) {
         Loaded to;
-        to.step = *reinterpret_cast<const float4*>(steps + from);
-        to.gain = *reinterpret_cast<const float4*>(gains + from);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+          to.step[r] = *reinterpret_cast<const float4*>(steps + r * kNextRow + from);
+          to.gain[r] = *reinterpret_cast<const float4*>(gains + r * kNextRow + from);
+        }
 #pragma unroll
         for (int m = 0; m < kOwn; ++m) {
           to.b[m] = *reinterpret_cast<const float4*>(states + m * kLanes * shared.kPitch + from);
@@ -140,25 +151,34 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
         }
         return to;
       };
-      float y[kGroup], held[kGroup];
-      auto round = [&](int r) {
+      float y[kRows][kGroup], held[kRows][kGroup];
+      auto round = [&](int step) {
 #pragma unroll
-        for (int token = 0; token < kGroup; token += kLanes)
-          HalveSum<kLanes / 2>(held + token, kLanes >> (r + 1), kRowsPerWarp, part);
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int token = 0; token < kGroup; token += kLanes)
+            HalveSum<kLanes / 2>(held[r] + token, kLanes >> (step + 1), kRowsPerWarp, part);
       };
-      auto scan = [&](const Ready& now, float* sums) {
+      auto scan = [&](const Ready& now, float (*sums)[kGroup], int first) {
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
 #pragma unroll
           for (int m = 0; m < kOwn; ++m) {
-            state[m] = fmaf(now.decay[m][t], state[m], now.add[m][t]);
-            sums[t] = m == 0 ? At(now.c[m], t) * state[m] : fmaf(At(now.c[m], t), state[m], sums[t]);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+              float& sum = sums[r][first + t];
+              state[r][m] = fmaf(now.decay[r][m][t], state[r][m], now.add[r][m][t]);
+              sum = m == 0 ? At(now.c[m], t) * state[r][m] : fmaf(At(now.c[m], t), state[r][m], sum);
+            }
           }
         }
       };
       auto store = [&](int group) {
 #pragma unroll
-        for (int token = 0; token < kGroup; token += kLanes) out[group + token + part] = held[token];
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int token = 0; token < kGroup; token += kLanes)
+            out[r * kNextRow + group + token + part] = held[r][token];
       };
 
       if constexpr (kDeep) {
@@ -176,19 +196,25 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
               if (first + r < kRounds) round(first + r);
             if (first < kRounds && first + kRoundsPerQuad >= kRounds) store(from / kGroup * kGroup - kGroup);
           }
-          scan(now, y + from % kGroup);
+          scan(now, y, from % kGroup);
           if (from % kGroup == kGroup - 4) {
 #pragma unroll
-            for (int i = 0; i < kGroup; ++i) held[i] = y[i];
+            for (int r = 0; r < kRows; ++r)
+#pragma unroll
+              for (int i = 0; i < kGroup; ++i) held[r][i] = y[r][i];
           }
         }
 #pragma unroll
         for (int r = 0; r < kRounds; ++r) round(r);
         store(kTile - kGroup);
       } else {
+        // Of two rows a lane there are too few warps to wait for what is loaded.
+        Loaded loaded = load(0);
 #pragma unroll
         for (int from = 0; from < kTile; from += 4) {
-          scan(transform(load(from)), held);
+          const Ready now = transform(kRows == 1 && from > 0 ? load(from) : loaded);
+          if (kRows > 1 && from + 4 < kTile) loaded = load(from + 4);
+          scan(now, held, 0);
 #pragma unroll
           for (int r = 0; r < kRounds; ++r) round(r);
           store(from);
@@ -431,17 +457,18 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   }
 }
 
-template <int kLanes, int kChannels, int kTile, int kItems>
+template <int kLanes, int kChannels, int kTile, int kItems, int kRows>
 struct StatesThreads {  // of a direction
-  static constexpr int kScanning = StatesSizes::Scanning(kLanes, kChannels);
+  static constexpr int kScanning = StatesSizes::Scanning(kLanes, kChannels, kRows);
+  static_assert(kScanning % 32 == 0, "whole warps");
   static constexpr int kHelping = StatesSizes::Helping(kChannels, kTile, kItems);
 };
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kBlocks>
-__global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, 2), kBlocks)
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks>
+__global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
   using Shared = StatesShared<kChannels, kTile, kItems>;
-  using Threads = StatesThreads<kLanes, kChannels, kTile, kItems>;
+  using Threads = StatesThreads<kLanes, kChannels, kTile, kItems, kRows>;
   constexpr int kScanning = Threads::kScanning, kHelping = Threads::kHelping;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared* const shared = reinterpret_cast<Shared*>(shared_memory);
@@ -457,8 +484,8 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   const int thread = threadIdx.x;
   if (thread < scanning) {
     const int side = Keep(static_cast<int>(thread >= kScanning));
-    ScanTiles<IO, kLanes, kTile>(p.direction[side], p.channels, shared[side], Keep(thread - side * kScanning),
-                                 first_channel, tiles, middle);
+    ScanTiles<IO, kLanes, kTile, kRows>(p.direction[side], p.channels, shared[side], Keep(thread - side * kScanning),
+                                        first_channel, tiles, middle);
   } else {
     const int side = Keep(static_cast<int>(thread - scanning >= kHelping));
     const int helper = Keep(thread - scanning - side * kHelping);
@@ -468,7 +495,7 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   }
 }
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kBlocks>
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks>
 cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
   const int directions = params.pair ? 2 : 1;
   constexpr size_t kBytes = StatesSizes::Bytes(kChannels, kTile);
@@ -476,22 +503,23 @@ cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
   const size_t shared = directions * kBytes;
   const int64_t blocks = int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kBlocks>;
+  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks>;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, directions);
+  const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, directions);
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params);
   return cudaGetLastError();
 }
 
 template <typename IO>
 cudaError_t LaunchStates(const Params& params, const vim_scan_variant& variant, cudaStream_t stream) {
-#define VIM_STATES(lanes_, channels_, tile_, items_, blocks_)                                                         \
-  if (variant.lanes == lanes_ && variant.channels == channels_ && variant.tokens == tile_ && variant.split == items_) \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, blocks_>(params, stream);
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_)                         \
+  if (variant.lanes == lanes_ && variant.channels == channels_ && variant.tokens == tile_ && \
+      variant.split == items_ && variant.rows == rows_)                                      \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_>(params, stream);
   VIM_STATES_INSTANCES(VIM_STATES)
 #undef VIM_STATES
   return cudaErrorInvalidValue;

@@ -22,9 +22,9 @@ _i64, _i32, _f32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.
 
 
 class Variant(ctypes.Structure):
-    """vim_scan_variant: form, channels, lanes, tokens, split, cluster."""
+    """vim_scan_variant: form, channels, lanes, tokens, split, cluster, rows."""
 
-    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "cluster")]
+    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "cluster", "rows")]
 
     def __str__(self) -> str:
         if self.form == GENERIC:
@@ -32,7 +32,7 @@ class Variant(ctypes.Structure):
         if self.form == SEQUENTIAL:
             return f"sequential x{self.channels}"
         if self.form == STATES:
-            return f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split}"
+            return f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split} rows{self.rows}"
         return f"lanes {self.lanes}x{self.tokens} ch{self.channels} split{self.split}" + " cluster" * self.cluster
 
     def fields(self) -> tuple[int, ...]:
@@ -47,11 +47,11 @@ def lanes(lanes: int, tokens: int, channels: int = 8, split: int = 1, cluster: i
     return Variant(LANES, channels, lanes, tokens, split, cluster)
 
 
-def states(lanes: int, channels: int, tile: int, items: int) -> Variant:
-    return Variant(STATES, channels, lanes, tile, items, 0)
+def states(lanes: int, channels: int, tile: int, items: int, rows: int) -> Variant:
+    return Variant(STATES, channels, lanes, tile, items, 0, rows)
 
 
-STATES_INSTANCES = [each[:4] for each in instances("VIM_STATES_INSTANCES")]  # (lanes, channels, tile, items)
+STATES_INSTANCES = [each[:5] for each in instances("VIM_STATES_INSTANCES")]  # (lanes, channels, tile, items, rows)
 INSTANCES = [(w, t, c) for t, w, c in instances("VIM_LANES_INSTANCES")]  # (lanes, tokens, channels)
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]

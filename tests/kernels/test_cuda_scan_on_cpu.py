@@ -22,15 +22,18 @@ TOLERANCE = {"fp32": 2e-6, "fp16": 5e-4}  # relative RMS (issue 4, "Numerics")
 MOST_THREADS = 384  # of a block in the lanes form
 TOO_LARGE = -1
 
-#: (form, channels, lanes, tokens, split, cluster). Both directions in one block: there are no clusters here.
-FORMS = [(GENERIC, 0, 0, 0, 0, 0), (SEQUENTIAL, 1, 0, 0, 0, 0), (SEQUENTIAL, 2, 0, 0, 0, 0)]
+#: (form, channels, lanes, tokens, split, cluster, rows). Both directions in one block: there are no clusters here.
+FORMS = [(GENERIC, 0, 0, 0, 0, 0, 0), (SEQUENTIAL, 1, 0, 0, 0, 0, 0), (SEQUENTIAL, 2, 0, 0, 0, 0, 0)]
 FORMS += [
-    (LANES, channels, lanes, tokens, split, 0)
+    (LANES, channels, lanes, tokens, split, 0, 0)
     for tokens, lanes, channels in instances("VIM_LANES_INSTANCES")
     for split in (1, 2, 4)
     if 2 * split * channels * lanes <= MOST_THREADS
 ]
-FORMS += [(STATES, c, lanes, tile, items, 0) for lanes, c, tile, items, _ in instances("VIM_STATES_INSTANCES")]
+FORMS += [
+    (STATES, channels, lanes, tile, items, 0, rows)
+    for lanes, channels, tile, items, rows, _ in instances("VIM_STATES_INSTANCES")
+]
 #: The barrier at the tile that both directions come to at once, taken out on all sides.
 NO_MEETING = (
     (r"if \(walk == middle \+ 1\) __syncthreads\(\);", ""),
@@ -97,7 +100,7 @@ class Layer:
 
     def run(self, library: ctypes.CDLL, variant: tuple[int, ...], sides: str, order: int) -> np.ndarray:
         y = np.full(self.sizes, np.nan, self.io)
-        half, fields = self.io == np.float16, (ctypes.c_int32 * 6)(*variant)
+        half, fields = self.io == np.float16, (ctypes.c_int32 * 7)(*variant)
         status = library.scan(half, ctypes.byref(self.params(y, sides)), fields, order)
         if status == TOO_LARGE:
             assert variant[0] == LANES and len(sides) == 2
