@@ -20,6 +20,7 @@ from pages import RESULTS  # noqa: E402
 
 PAGE = ROOT / "docs" / "how-to" / "quantize.md"
 CPU, CARD = RESULTS / "int8-cpu-epyc.json", RESULTS / "int8-trt85-h200.json"
+PROFILE = RESULTS / "int8-trt85-profile-h200.json"
 
 
 def fill(text: str) -> str:
@@ -86,7 +87,30 @@ def card() -> str:
     return pages.table(("step", values["card"]), rows)
 
 
-REGIONS = {"int8-accuracy": accuracy, "int8-speed": speed, "int8-card": card}
+def profile() -> str:
+    """Where a layer's two quantized products spend their time, in fp16 and in int8."""
+    values = pages.read(PROFILE)
+    if values is None:
+        return pages.not_yet("TensorRT's IProfiler on a plan of each kind")
+    rows = []
+    for product in ("in_proj", "out_proj"):
+        times = {}
+        for kind in ("fp16", "int8"):
+            for us, name, _, _, kernel in values[kind]:
+                if name.startswith(f"layers.2.mixer.{product}/"):
+                    times[kind, name.endswith(":q")] = us, "_".join(kernel.split("_")[:2])
+        (fp16, fp16_kernel), (int8, int8_kernel) = times["fp16", False], times["int8", False]
+        quantize = times["int8", True][0]
+        cells = (f"{fp16:.1f} ({fp16_kernel})", f"{quantize:.1f}", f"{int8:.1f} ({int8_kernel})")
+        rows.append((product, *cells, f"{fp16 / (quantize + int8):.2f}"))
+    head = (
+        f"\n{values['model']}, batch {values['batch']}, third layer; {values['card']}, TensorRT {values['tensorrt']} "
+    )
+    head += f"(`benchmarks/results/{PROFILE.name}`), microseconds.\n"
+    return head + pages.table(("", "fp16", "quantizing", "int8", "times as fast"), rows)
+
+
+REGIONS = {"int8-accuracy": accuracy, "int8-speed": speed, "int8-card": card, "int8-profile": profile}
 
 
 def main() -> int:

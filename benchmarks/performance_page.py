@@ -26,6 +26,7 @@ from vimdeploy.bench.results import Results, Row  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 NETWORK = RESULTS / "network-h200-fp16.json"
+LATER = RESULTS / "network-h200-fp16-later.json"  # the most important cases again, with later kernels
 SCAN = RESULTS / "scan-h200-fp16.json"
 FUSED = RESULTS / "fused-h200.json"
 CPU = RESULTS / "cpu-epyc.json"
@@ -48,17 +49,38 @@ _NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h
 
 
 def network_table() -> str:
-    """Issue by issue: the figure, the bar, the aim."""
+    """Issue by issue: the figure, of the whole run and of a later one, the bar, the aim."""
     found = _network()
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
+    later = _later(found[0])
     rows = []
     for entry in found[0]["table"]:
-        value = "-" if entry["value"] is None else f"{entry['value']:.2f}"
-        verdict = "aim reached" if entry["aim_reached"] else "" if entry["held"] else "**missed**"
+        last = later.get(entry["name"], entry)
+        values = [entry["value"], later[entry["name"]]["value"] if entry["name"] in later else None]
+        verdict = "aim reached" if last["aim_reached"] else "" if last["held"] else "**missed**"
         bars = (f"{entry['least']:g}", f"{entry['aim']:g}")
-        rows.append((entry["name"], value, *bars, "not measured" if entry["value"] is None else verdict))
-    return pages.table(("", "measured", "at least", "aim", ""), rows)
+        cells = ["-" if value is None else f"{value:.2f}" for value in values]
+        rows.append((entry["name"], *cells, *bars, "not measured" if last["value"] is None else verdict))
+    return pages.table(("", "all in one run", "later", "at least", "aim", ""), rows)
+
+
+def _later(first: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of the later run whose contenders are all that the first run had."""
+    values = pages.read(LATER)
+    if values is None:
+        return {}
+
+    def contenders(run: dict[str, Any], model: str, px: str, batch: str) -> set[str]:
+        case = (int(batch), int(px))
+        rows = [row for row in run["rows"] if (row["batch"], row["img_size"][0]) == case and not row.get("failed")]
+        return {row["contender"] for row in rows if row["model"].endswith(f"-{model}")}
+
+    def whole(name: str) -> bool:
+        case = re.match(r"Vim-(\w+), (\d+) px, B (\d+)", name)
+        return case is None or contenders(first, *case.groups()) <= contenders(values, *case.groups())
+
+    return {entry["name"]: entry for entry in values["table"] if entry["value"] is not None and whole(entry["name"])}
 
 
 def network_rows() -> str:
@@ -105,7 +127,7 @@ def network_host() -> str:
     found = _network()
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
-    host = found[0]["host"]
+    host, later = found[0]["host"], pages.read(LATER)
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     parity = "; ".join(
         f"{entry['model']} {entry['px']} px {entry['dtype']}: "
@@ -115,6 +137,12 @@ def network_host() -> str:
     return (
         f"\n`benchmarks/results/{NETWORK.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
         f"commit {host['commit']}, {host['date']}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
+        + (
+            ""
+            if later is None
+            else f"`benchmarks/results/{LATER.name}`: a host of the same kind, commit {later['host']['commit']}, "
+        )
+        + ("" if later is None else f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n")
     )
 
 
