@@ -176,7 +176,10 @@ def test_a_later_run_counts_only_where_it_had_all_contenders(tmp_path: Path, mon
         return {
             "format": 1, "host": {}, "settings": {}, "notices": [],
             "table": [{**entry, "name": f"Vim-{m}, 1248 px, B 8: speed over DeiT flash"} for m in ("Ti", "S")],
-            "rows": [{"contender": who, "model": f"DeiT-{m}", "batch": b, "img_size": [1248, 1248]} for who, m, b in rows],
+            "rows": [
+                {"contender": who, "model": f"DeiT-{model}", "batch": batch, "img_size": [1248, 1248]}
+                for who, model, batch in rows
+            ],
         }  # fmt: skip
 
     first = [("flash", "Ti", 8), ("flash", "S", 8), ("compile", "S", 8), ("flash", "S", 1)]
