@@ -28,6 +28,7 @@ IMAGES = ROOT / "docs" / "images"
 NETWORK = RESULTS / "network-h200-fp16.json"
 LATER = RESULTS / "network-h200-fp16-later.json"  # the most important cases again, with later kernels
 SCAN = RESULTS / "scan-h200-fp16.json"
+TUNE = RESULTS / "scan-tune-h200.json"
 FUSED = RESULTS / "fused-h200.json"
 CPU = RESULTS / "cpu-epyc.json"
 
@@ -165,6 +166,48 @@ def scan() -> str:
     return source + pages.table(("model", "batch", "tokens", "ours, us", "mamba-ssm, us", "ratio"), rows)
 
 
+#: (issue 4, "Figures") case, batches, tokens, what of a row, at least, aim
+_SCAN_BARS: tuple[tuple[str, tuple[int, ...], int, Callable[[dict[str, Any]], float], float, float], ...] = (
+    ("speed over mamba-ssm", (64, 128), 197, lambda r: r["mamba_us"] / r["fused_us"], 5, 7),
+    ("over mamba-ssm with flips, sum, halving", (64, 128), 197, lambda r: r["mamba_as_vim_us"] / r["fused_us"], 7, 10),
+    ("speed over mamba-ssm", (8,), 6085, lambda r: r["mamba_us"] / r["fused_us"], 3.5, 4.7),
+    ("speed over mamba-ssm", (1,), 6085, lambda r: r["mamba_us"] / r["fused_us"], 3, 4.5),
+    ("speed over mamba-ssm", (1,), 197, lambda r: r["mamba_us"] / r["fused_us"], 5, 8),
+    ("fraction of the exponential unit's rate", (64, 128), 197, lambda r: r["mufu_fraction"], 0.65, 0.80),
+    ("fraction of the exponential unit's rate", (8,), 6085, lambda r: r["mufu_fraction"], 0.60, 0.75),
+    ("fraction of the exponential unit's rate", (1,), 6085, lambda r: r["mufu_fraction"], 0.45, 0.65),
+    ("speed over a sequential scan", (1,), 6085, lambda r: r["sequential_us"] / r["fused_us"], 10, 20),
+)  # fmt: skip
+
+
+def scan_bars() -> str:
+    """What the scan was asked for: the lesser figure of a line's batches for each model, the bar, the aim."""
+    values, tuned = pages.read(SCAN), pages.read(TUNE)
+    if values is None:
+        return pages.not_yet("python benchmarks/scan.py --output benchmarks/results/scan-h200-fp16.json")
+    found = {(r["model"], r["batch"], r["length"]): r for r in values["compare"] if r["dtype"] == "float16"}
+    rows = []
+    for what, batches, length, figure, least, aim in _SCAN_BARS:
+        cells, missed = [], []
+        for model in ("Ti", "S", "B"):
+            worst = min(figure(found[model, batch, length]) for batch in batches)
+            cells.append(f"{worst:.2f}")
+            missed += [model] if worst < least else []
+        case = f"{what}, batch {' and '.join(map(str, batches))}, {length} tokens"
+        rows.append((case, *cells, f"{least:g}", f"{aim:g}", f"**missed** ({', '.join(missed)})" if missed else ""))
+    text = pages.table(("", "Ti", "S", "B", "at least", "aim", ""), rows)
+    if tuned is None:
+        return text
+    fastest = {(r["rows"], r["length"]): r["us"][0][1] for r in tuned["tune"] if r["dtype"] == "float16"}
+    rows_of = {"Ti": 384, "S": 768, "B": 1536}
+    slack = {key: r["fused_us"] / fastest[key[1] * rows_of[key[0]], key[2]] for key, r in found.items()}
+    (model, batch, length), worst = max(slack.items(), key=lambda item: item[1])
+    return text + (
+        f"The kernel that the table in the library chose, against the fastest of all kernels in `{TUNE.name}`: at most "
+        f"{worst:.2f} times its time (Vim-{model}, batch {batch}, {length} tokens), over {len(slack)} cases.\n\n"
+    )
+
+
 def fused() -> str:
     """The small operators around the scan, and PyTorch's."""
     values = pages.read(FUSED)
@@ -206,6 +249,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "network-crossover": network_crossover,
     "network-host": network_host,
     "scan": scan,
+    "scan-bars": scan_bars,
     "fused": fused,
     "cpu": cpu,
 }
