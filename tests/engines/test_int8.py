@@ -206,6 +206,7 @@ def test_a_build_on_8_5_allows_int8_and_fp16_and_says_so(
     assert result.sidecar.precision["asked"] == "int8" and result.sidecar.precision["rest"] == "fp16"
     assert result.sidecar.precision["projections"]["int8"] in (4, 6)
     assert result.sidecar.info.quantization == {"int8": 4, "sqnr_db": 30.0}
+    assert "smaller than in fp16, and slower" in result.notices[0]  # the stand-in's card is of sm_90
     _, told = build(monkeypatch, int8, tmp_path / "y.plan", "int8", precision="fp16")
     assert Flag.INT8 in told["config"].flags  # what a quantized file is, it is without --int8 too
 

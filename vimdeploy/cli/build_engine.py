@@ -123,6 +123,8 @@ def command(
         artifact = _int8_file(artifact, calib)
     with _showing() as progress:
         result = build_engine(artifact, out, options, progress=progress)
+    for notice in result.notices:
+        render.err().print(escape(notice), soft_wrap=True)
     if as_json:
         render.emit_json(
             {
@@ -130,6 +132,7 @@ def command(
                 "seconds": round(result.seconds, 2),
                 "total_seconds": round(result.total_seconds, 2),
                 "plan_bytes": result.plan_bytes,
+                "notices": list(result.notices),
                 "sidecar": result.sidecar.to_dict(),
             }
         )

@@ -76,7 +76,7 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """What was written. `seconds` is the builder's own time, `total_seconds` everything."""
+    """What was written. `seconds` is the builder's own time, `total_seconds` everything; `notices` are sentences."""
 
     plan: Path
     sidecar: Sidecar
@@ -85,6 +85,7 @@ class BuildResult:
     plan_bytes: int
     seconds: float
     total_seconds: float
+    notices: tuple[str, ...] = ()
 
 
 def build_engine(
@@ -175,7 +176,18 @@ def build_engine(
     )
     _write(out, plan, sidecar, model)
     total = time.perf_counter() - started
-    return BuildResult(out, sidecar, info, model.stat().st_size, len(plan), seconds, total)
+    notices = _notices(info, can, device)
+    return BuildResult(out, sidecar, info, model.stat().st_size, len(plan), seconds, total, notices)
+
+
+def _notices(info: ModelInfo, can: Capabilities, device: cuda.Device | None) -> tuple[str, ...]:
+    """What was measured of engines like this one and is worth knowing (docs/how-to/quantize.md, "On TensorRT")."""
+    if not info.quantization or can.strongly_typed or device is None or device.sm != 90:
+        return ()
+    return (
+        f"on sm_{device.sm} {can} was seen to take int8 kernels of an older generation: Vim-S and Vim-B in int8 were "
+        "smaller than in fp16, and slower; `vimdeploy bench` compares the two plans here",
+    )
 
 
 def make_logger(module: Any) -> Any:
