@@ -103,10 +103,8 @@ def profile() -> str:
         quantize = times["int8", True][0]
         cells = (f"{fp16:.1f} ({fp16_kernel})", f"{quantize:.1f}", f"{int8:.1f} ({int8_kernel})")
         rows.append((product, *cells, f"{fp16 / (quantize + int8):.2f}"))
-    head = (
-        f"\n{values['model']}, batch {values['batch']}, third layer; {values['card']}, TensorRT {values['tensorrt']} "
-    )
-    head += f"(`benchmarks/results/{PROFILE.name}`), microseconds.\n"
+    head = f"\n{values['model']}, batch {values['batch']}, third layer; {values['card']}, "
+    head += f"TensorRT {values['tensorrt']} (`benchmarks/results/{PROFILE.name}`), microseconds.\n"
     return head + pages.table(("", "fp16", "quantizing", "int8", "times as fast"), rows)
 
 

@@ -135,15 +135,15 @@ def network_host() -> str:
         + (f"max abs {entry['max_abs']:.1e}" if entry["dtype"] == "float32" else f"rel rms {entry['rel_rms']:.1e}")
         for entry in found[0]["parity"]
     )
-    return (
+    text = (
         f"\n`benchmarks/results/{NETWORK.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
         f"commit {host['commit']}, {host['date']}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
-        + (
-            ""
-            if later is None
-            else f"`benchmarks/results/{LATER.name}`: a host of the same kind, commit {later['host']['commit']}, "
-        )
-        + ("" if later is None else f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n")
+    )
+    if later is None:
+        return text
+    return text + (
+        f"`benchmarks/results/{LATER.name}`: a host of the same kind, commit {later['host']['commit']}, "
+        f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n"
     )
 
 
