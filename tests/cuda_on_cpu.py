@@ -1,4 +1,4 @@
-"""The CUDA scan's kernels built for the CPU: tests/cpp/cuda_on_cpu.h in the place of what only nvcc understands."""
+"""The CUDA kernels built for the CPU: tests/cpp/cuda_on_cpu.h in the place of what only nvcc understands."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 _LAUNCH = (r"(\w[\w<>, ]*?)<<<(.+?), ([^,]+), (\w+), stream>>>\((.*?)\);", r"emulated::Launch(\1, \2, \3, \4, \5);")
 _ATTRIBUTE = (r"cudaFuncSetAttribute\(kernel,[^;]*\);", "cudaSuccess;")
 _ERROR = (r"cudaGetLastError\(\)", "cudaSuccess")
+Replaced = dict[str, tuple[tuple[str, str], ...]]
+_MATH: Replaced = {"cuda/math.cuh": ((r'asm\("ex2.*\n', "y = exp2f(x);\n"), (r'asm\("rcp.*\n', "y = 1.0f / x;\n"))}
 #: file -> what only nvcc understands, and what stands for it
-REPLACED = {
-    "cuda/math.cuh": ((r'asm\("ex2.*\n', "y = exp2f(x);\n"), (r'asm\("rcp.*\n', "y = 1.0f / x;\n")),
+SCAN: Replaced = {
+    **_MATH,
     "cuda/generic.cuh": (_LAUNCH, _ERROR),
     "cuda/sequential.cuh": (
         _LAUNCH,
@@ -44,26 +46,48 @@ REPLACED = {
     ),
     "cuda/states.cuh": (_LAUNCH, _ATTRIBUTE, _ERROR),
 }
+FUSED: Replaced = {
+    **_MATH,
+    "cuda/bi_causal_conv1d.cu": (_LAUNCH, _ERROR),
+    "cuda/add_rms_norm.cu": (
+        _LAUNCH,
+        _ERROR,
+        (
+            r"__shared__ float parts\[(kRowThreads / 32)\];",
+            r"auto& parts = *reinterpret_cast<float(*)[\1]>(shared_memory);",
+        ),
+    ),
+}
 
 
-def build(folder: Path, changes: dict[str, tuple[tuple[str, str], ...]] | None = None) -> ctypes.CDLL:
-    """The kernels, with `changes` of one's own besides: file -> (pattern, replacement). Skips where it cannot be."""
+def build(folder: Path, changes: Replaced | None = None) -> ctypes.CDLL:
+    """The scan's kernels, with `changes` of one's own besides. Skips where it cannot be."""
+    return _compiled(folder, SCAN, changes or {}, [ROOT / "tests/cpp/scan_on_cpu.cc"])
+
+
+def build_fused(folder: Path, changes: Replaced | None = None) -> ctypes.CDLL:
+    """The kernels around the scan, the same way."""
+    descs = [ROOT / f"kernels/common/{name}_desc.cc" for name in ("add_rms_norm", "bi_causal_conv1d")]
+    return _compiled(folder, FUSED, changes or {}, [ROOT / "tests/cpp/fused_on_cpu.cc", *descs])
+
+
+def _compiled(folder: Path, replaced: Replaced, changes: Replaced, sources: list[Path]) -> ctypes.CDLL:
     nvcc, compiler = shutil.which("nvcc"), shutil.which("g++")
     headers = [Path(nvcc).resolve().parents[1] / "include"] if nvcc else []
     headers = [each for each in (*headers, Path("/usr/local/cuda/include")) if (each / "cuda_fp16.h").is_file()]
     if not headers or compiler is None:
         pytest.skip("no CUDA headers, or no g++")
-    for name, replaced in REPLACED.items():
+    for name, replacements in replaced.items():
         text = (ROOT / "kernels" / name).read_text()
-        for pattern, replacement in (*replaced, *(changes or {}).get(name, ())):
+        for pattern, replacement in (*replacements, *changes.get(name, ())):
             text, count = re.subn(pattern, replacement, text)
             assert count, f"{name} has nothing like {pattern}"
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    out = folder / "libscan.so"
+    out = folder / f"{sources[0].stem}.so"
     includes = [folder, ROOT / "kernels", ROOT / "kernels/include", ROOT / "tests/cpp", headers[0]]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", "-w", *(f"-I{each}" for each in includes)]
-    subprocess.run([compiler, *flags, str(ROOT / "tests/cpp/scan_on_cpu.cc"), "-o", str(out)], check=True)
+    subprocess.run([compiler, *flags, *map(str, sources), "-o", str(out)], check=True)
     return ctypes.CDLL(str(out))
 
 
