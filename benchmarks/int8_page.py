@@ -91,7 +91,9 @@ def profile() -> str:
     """Where a layer's two quantized products spend their time, in fp16 and in int8."""
     values = pages.read(PROFILE)
     if values is None:
-        return pages.not_yet("TensorRT's IProfiler on a plan of each kind")
+        return pages.not_yet(
+            "python tests/gpu/int8_profile.py MODEL.onnx PLUGIN benchmarks/results/int8-trt85-profile-h200.json"
+        )
     rows = []
     for product in ("in_proj", "out_proj"):
         times = {}
