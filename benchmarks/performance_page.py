@@ -199,8 +199,8 @@ def scan_bars() -> str:
     if tuned is None:
         return text
     fastest = {(r["rows"], r["length"]): r["us"][0][1] for r in tuned["tune"] if r["dtype"] == "float16"}
-    rows_of = {"Ti": 384, "S": 768, "B": 1536}
-    slack = {key: r["fused_us"] / fastest[key[1] * rows_of[key[0]], key[2]] for key, r in found.items()}
+    channels = {r["model"]: r["rows"] // r["batch"] for r in tuned["tune"]}
+    slack = {key: r["fused_us"] / fastest[key[1] * channels[key[0]], key[2]] for key, r in found.items()}
     (model, batch, length), worst = max(slack.items(), key=lambda item: item[1])
     return text + (
         f"The kernel that the table in the library chose, against the fastest of all kernels in `{TUNE.name}`: at most "

@@ -19,7 +19,7 @@ struct Sizes {
   int64_t longest_row;  // elements from a token to the next, of any operand
 };
 
-// Of the instances tried, those that won somewhere (benchmarks/results/scan-tune-h200.json has them all).
+// Of the instances tried (benchmarks/notes.md), those that won somewhere, and of the lanes form three that did once.
 //
 // Instances of the lanes form, (tokens, lanes, channels). 6 and 12 channels a block spread Vim's 384 and 768 channels
 // at batch 1 over 128 of an H100's 132 SMs.

@@ -14,7 +14,7 @@
 //             helpers          ask for the late of i - 1;  prepare i + 1;  finish i - 1;  ask for the early of i + 2
 //
 // A pair is two directions in one block. They walk the same tiles from opposite ends: whoever meets a tile first leaves
-// its part in y, the other adds, gates and finishes it. Zeros fill a ragged tile, as in the sequential form.
+// its part in y, the other adds, gates and finishes it.
 #ifndef VIM_KERNELS_CUDA_STATES_CUH_
 #define VIM_KERNELS_CUDA_STATES_CUH_
 
@@ -253,7 +253,8 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   }
 
   // Row r of tile w is token w kTile + r, or (tiles - w) kTile - 1 - r backwards. One tile may be ragged, the last one
-  // walked or, backwards, the first: its rows without a token are zeros and are not stored. A bit of `own_rows` for
+  // walked or, backwards, the first: its rows without a token are not stored, and hold zeros where the walk begins with
+  // them, so that the states stay zero; where it ends with them, what the tile before left. A bit of `own_rows` for
   // each of this thread's rows of u, of `own_states` for each of its tokens of B and C; all are set but in the ragged
   // tile.
   const int tail = p.length - (tiles - 1) * kTile;
@@ -457,19 +458,17 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   }
 }
 
-template <int kLanes, int kChannels, int kTile, int kItems, int kRows>
-struct StatesThreads {  // of a direction
+template <int kLanes, int kChannels, int kRows>
+struct StatesThreads {  // a class, where nvcc computes host constants that a kernel may then use
   static constexpr int kScanning = StatesSizes::Scanning(kLanes, kChannels, kRows);
   static_assert(kScanning % 32 == 0, "whole warps");
-  static constexpr int kHelping = StatesSizes::Helping(kChannels, kTile, kItems);
 };
 
 template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks>
 __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
   using Shared = StatesShared<kChannels, kTile, kItems>;
-  using Threads = StatesThreads<kLanes, kChannels, kTile, kItems, kRows>;
-  constexpr int kScanning = Threads::kScanning, kHelping = Threads::kHelping;
+  constexpr int kScanning = StatesThreads<kLanes, kChannels, kRows>::kScanning, kHelping = Shared::kHelpers;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared* const shared = reinterpret_cast<Shared*>(shared_memory);
 
