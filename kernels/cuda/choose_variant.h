@@ -39,6 +39,7 @@ struct Sizes {
   X(8, 8, 64, 1, 1, 1)          \
   X(8, 24, 32, 2, 2, 1)         \
   X(4, 16, 32, 2, 1, 3)         \
+  X(2, 32, 32, 4, 1, 2)         \
   X(4, 32, 32, 4, 2, 2)
 
 // Threads, registers and shared memory of the states form.

@@ -180,6 +180,17 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
           for (int token = 0; token < kGroup; token += kLanes)
             out[r * kNextRow + group + token + part] = held[r][token];
       };
+      auto gather = [&](int group) {
+#pragma unroll
+        for (int r = 0; r < kRounds; ++r) round(r);
+        store(group);
+      };
+      auto keep = [&] {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) held[r][i] = y[r][i];
+      };
 
       if constexpr (kDeep) {
         Ready ready = transform(load(0));
@@ -197,28 +208,25 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
             if (first < kRounds && first + kRoundsPerQuad >= kRounds) store(from / kGroup * kGroup - kGroup);
           }
           scan(now, y, from % kGroup);
-          if (from % kGroup == kGroup - 4) {
-#pragma unroll
-            for (int r = 0; r < kRows; ++r)
-#pragma unroll
-              for (int i = 0; i < kGroup; ++i) held[r][i] = y[r][i];
-          }
+          if (from % kGroup == kGroup - 4) keep();
         }
-#pragma unroll
-        for (int r = 0; r < kRounds; ++r) round(r);
-        store(kTile - kGroup);
+        gather(kTile - kGroup);
       } else {
-        // Of two rows a lane there are too few warps to wait for what is loaded.
+        // Of two rows a lane there are too few warps to wait for what is loaded, and no registers for sums not
+        // gathered.
         Loaded loaded = load(0);
 #pragma unroll
         for (int from = 0; from < kTile; from += 4) {
           const Ready now = transform(kRows == 1 && from > 0 ? load(from) : loaded);
           if (kRows > 1 && from + 4 < kTile) loaded = load(from + 4);
-          scan(now, held, 0);
-#pragma unroll
-          for (int r = 0; r < kRounds; ++r) round(r);
-          store(from);
+          if (kRows == 1 && from > 0) gather(from - 4);
+          scan(now, kRows == 1 ? y : held, 0);
+          if (kRows == 1)
+            keep();
+          else
+            gather(from);
         }
+        if (kRows == 1) gather(kTile - 4);
       }
     }
     if (walk == middle + 1) __syncthreads();
