@@ -112,4 +112,6 @@ class Params(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("z_batch", "z_token", "y_batch", "y_token")),
         *((name, ctypes.c_int) for name in ("batch", "length", "channels", "states", "groups", "channels_per_group")),
         *((name, ctypes.c_int) for name in ("pair", "reverse", "delta_softplus", "add_to_y", "state_granule")),
+        ("workspace", ctypes.c_void_p),
+        *((name, ctypes.c_int) for name in ("chunks", "chunk_tokens")),
     ]

@@ -46,11 +46,22 @@ constexpr struct {
 
 constexpr struct {
   int lanes, channels, tile, items, rows;
-} kStatesInstances[] = {
+} kStatesInstances[] =
+    {
 #define VIM_STATES(lanes, channels, tile, items, rows, blocks) {lanes, channels, tile, items, rows},
-    VIM_STATES_INSTANCES(VIM_STATES)
+        VIM_STATES_INSTANCES(VIM_STATES)},
+  kChunkedInstances[] = {VIM_STATES_CHUNKED(VIM_STATES)
 #undef VIM_STATES
-};
+  };
+
+template <typename Instances>
+bool IsOneOf(const Instances& instances, const vim_scan_variant& variant) {
+  for (const auto& each : instances)
+    if (each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
+        each.items == variant.split && each.rows == variant.rows)
+      return true;
+  return false;
+}
 
 }  // namespace
 
@@ -64,13 +75,14 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
     return sizes.groups == 1 || per_group % (64 * variant.channels) == 0;
   }
   if (variant.form == VIM_SCAN_STATES) {
-    bool instance = false;
-    for (const auto& each : kStatesInstances)
-      instance |= each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
-                  each.items == variant.split && each.rows == variant.rows;
-    if (!instance || sizes.row_alignment < 4 * sizes.element_bytes) return false;
+    if (!IsOneOf(kStatesInstances, variant) || sizes.row_alignment < 4 * sizes.element_bytes) return false;
     if (sizes.longest_row > StatesSizes::kLongestRow) return false;
     if (sizes.groups != 1 && per_group % variant.channels != 0) return false;
+    if (variant.chunks > 1) {
+      const int64_t rows = sizes.batch * sizes.channels * (sizes.pair ? 2 : 1);
+      if (!IsOneOf(kChunkedInstances, variant) || variant.chunks > StatesSizes::kMostChunks) return false;
+      if (StatesSizes::Workspace(rows, sizes.length, sizes.states) == 0) return false;
+    }
     return (sizes.pair ? 2 : 1) * StatesSizes::Bytes(variant.channels, variant.tokens) <= SharedLimit(sm);
   }
   if (variant.form != VIM_SCAN_LANES) return false;
@@ -93,7 +105,7 @@ vim_scan_variant Choose(const Sizes& sizes, int sm) {
   // A single direction has half the rows of a pair and so the parallelism of half the batch.
   const double rows = std::log2(static_cast<double>(sizes.batch) * sizes.channels * (sizes.pair ? 1.0 : 0.5) + 1);
   const double length = std::log2(static_cast<double>(sizes.length) + 1);
-  const vim_scan_variant generic = {VIM_SCAN_GENERIC, 0, 0, 0, 0, 0, 0};
+  const vim_scan_variant generic = {VIM_SCAN_GENERIC, 0, 0, 0, 0, 0, 0, 0};
   vim_scan_variant best = generic;
   double best_distance = INFINITY;
   for (const Point& point : kTable) {
@@ -110,7 +122,7 @@ vim_scan_variant Choose(const Sizes& sizes, int sm) {
   }
   if (best.form != VIM_SCAN_GENERIC) return best;
   for (const int channels : {2, 1}) {
-    const vim_scan_variant sequential = {VIM_SCAN_SEQUENTIAL, channels, 0, 0, 0, 0, 0};
+    const vim_scan_variant sequential = {VIM_SCAN_SEQUENTIAL, channels, 0, 0, 0, 0, 0, 0};
     if (CanRun(sequential, sizes, sm)) return sequential;
   }
   return generic;

@@ -42,8 +42,22 @@ struct Sizes {
   X(2, 32, 32, 4, 1, 2)         \
   X(4, 32, 32, 4, 2, 2)
 
+// Of these, the ones that can also scan in chunks: where few rows leave most of an SM idle, chunks make it more of
+// them.
+#define VIM_STATES_CHUNKED(X) \
+  X(8, 24, 32, 2, 2, 1)       \
+  X(4, 16, 32, 2, 1, 3)
+
 // Threads, registers and shared memory of the states form.
 struct StatesSizes {
+  static constexpr int kMostChunks = 16;
+  static constexpr int64_t kMostChunkedRows = 3072;  // of all directions: Vim-B at batch 1, Vim-Ti at batch 4
+  static constexpr int64_t kLeastChunkedLength = 128;
+  // Bytes in which chunks of these sizes leave what the next ones begin with; 0 where there are to be none.
+  static constexpr size_t Workspace(int64_t rows, int64_t length, int64_t states) {
+    if (rows > kMostChunkedRows || length < kLeastChunkedLength || states != 16) return 0;
+    return static_cast<size_t>(rows) * kMostChunks * 16 * 8;
+  }
   static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
   // Threads of one direction.
   static constexpr int Scanning(int lanes, int channels, int rows) { return lanes * channels / rows; }

@@ -35,8 +35,15 @@ struct Params {
   int pair;     // both directions: [0] forward, [1] reverse
   int reverse;  // of a single direction
   int delta_softplus;
-  int add_to_y;       // generic form: y already holds the other direction
-  int state_granule;  // lanes form: bytes that divide the rows of B and C: 16, or four states at least
+  int add_to_y;              // generic form: y already holds the other direction
+  int state_granule;         // lanes form: bytes that divide the rows of B and C: 16, or four states at least
+  void* workspace;           // states form in chunks: Carry [batch][direction][chunk][channel][state]
+  int chunks, chunk_tokens;  // the same; set by the launch
+};
+
+// What a chunk of the sequence makes of the states it begins with: decay times them, plus state.
+struct Carry {
+  float state, decay;
 };
 
 struct LaneShape {

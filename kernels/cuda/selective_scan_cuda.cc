@@ -168,15 +168,21 @@ cudaError_t LaunchForm(const Params& params, const vim_scan_variant& variant, cu
 }
 
 // `forced` may be null.
-vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_variant* forced, void* stream) {
+vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_variant* forced, void* workspace,
+               void* stream) {
   if (params.batch == 0 || params.length == 0) return VIM_OK;
+  params.workspace = workspace;
   geometry.FeedPointers(params);
   params.state_granule = geometry.states.Bytes();
 
   int sm = 0;
   const cudaError_t no_device = CurrentSm(&sm);
   if (no_device != cudaSuccess) return vim::cuda::StatusOf(no_device);
-  const vim_scan_variant variant = forced != nullptr ? *forced : vim::cuda::Choose(geometry.sizes, sm);
+  vim_scan_variant variant = forced != nullptr ? *forced : vim::cuda::Choose(geometry.sizes, sm);
+  if (workspace == nullptr && variant.chunks > 1) {
+    if (forced != nullptr) return VIM_UNSUPPORTED;
+    variant.chunks = 1;
+  }
   if (!vim::cuda::CanRun(variant, geometry.sizes, sm)) return VIM_UNSUPPORTED;
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
@@ -191,15 +197,15 @@ vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_vari
 }
 
 vim_status RunOne(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
-                  const vim_scan_variant* forced, void* stream) {
+                  const vim_scan_variant* forced, void* workspace, void* stream) {
   if (!vim_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
   Params params = CommonParams(*desc, args->z, args->y);
   params.direction[0] = DirectionOf(*desc, args->u, args->delta, args->A, args->B, args->C, args->D, args->delta_bias);
-  return Run(Geometry(*desc), params, desc->io, forced, stream);
+  return Run(Geometry(*desc), params, desc->io, forced, workspace, stream);
 }
 
 vim_status RunBoth(const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
-                   const vim_scan_variant* forced, void* stream) {
+                   const vim_scan_variant* forced, void* workspace, void* stream) {
   if (!vim_bi_selective_scan_supports(desc, nullptr, 0)) return VIM_UNSUPPORTED;
   Params params = CommonParams(OneDirection(*desc, 0), args->z, args->y);
   params.pair = 1;
@@ -207,7 +213,7 @@ vim_status RunBoth(const vim_bi_selective_scan_desc* desc, const vim_bi_selectiv
   for (int i = 0; i < 2; ++i)
     params.direction[i] = DirectionOf(OneDirection(*desc, i), args->u[i], args->delta[i], args->A[i], args->B[i],
                                       args->C[i], args->D[i], args->delta_bias[i]);
-  return Run(Geometry(*desc), params, desc->io, forced, stream);
+  return Run(Geometry(*desc), params, desc->io, forced, workspace, stream);
 }
 
 }  // namespace
@@ -215,19 +221,22 @@ vim_status RunBoth(const vim_bi_selective_scan_desc* desc, const vim_bi_selectiv
 extern "C" {
 
 vim_status vim_selective_scan_cuda(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
-                                   void* /*workspace*/, void* stream) {
-  return RunOne(desc, args, nullptr, stream);
+                                   void* workspace, void* stream) {
+  return RunOne(desc, args, nullptr, workspace, stream);
 }
 
-// No form needs any: pairs meet in y. The query stays in the interface for one that will.
-size_t vim_selective_scan_cuda_workspace(const vim_selective_scan_desc* /*desc*/) { return 0; }
+size_t vim_selective_scan_cuda_workspace(const vim_selective_scan_desc* desc) {
+  return vim::cuda::StatesSizes::Workspace(desc->batch * desc->channels, desc->length, desc->states);
+}
 
 vim_status vim_bi_selective_scan_cuda(const vim_bi_selective_scan_desc* desc, const vim_bi_selective_scan_args* args,
-                                      void* /*workspace*/, void* stream) {
-  return RunBoth(desc, args, nullptr, stream);
+                                      void* workspace, void* stream) {
+  return RunBoth(desc, args, nullptr, workspace, stream);
 }
 
-size_t vim_bi_selective_scan_cuda_workspace(const vim_bi_selective_scan_desc* /*desc*/) { return 0; }
+size_t vim_bi_selective_scan_cuda_workspace(const vim_bi_selective_scan_desc* desc) {
+  return vim::cuda::StatesSizes::Workspace(2 * desc->batch * desc->channels, desc->length, desc->states);
+}
 
 vim_scan_variant vim_selective_scan_choose_variant(const vim_selective_scan_desc* desc, int sm) {
   return vim::cuda::Choose(Geometry(*desc).sizes, sm);
@@ -238,14 +247,14 @@ vim_scan_variant vim_bi_selective_scan_choose_variant(const vim_bi_selective_sca
 }
 
 vim_status vim_selective_scan_cuda_with(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
-                                        const vim_scan_variant* variant, void* stream) {
-  return RunOne(desc, args, variant, stream);
+                                        const vim_scan_variant* variant, void* workspace, void* stream) {
+  return RunOne(desc, args, variant, workspace, stream);
 }
 
 vim_status vim_bi_selective_scan_cuda_with(const vim_bi_selective_scan_desc* desc,
                                            const vim_bi_selective_scan_args* args, const vim_scan_variant* variant,
-                                           void* stream) {
-  return RunBoth(desc, args, variant, stream);
+                                           void* workspace, void* stream) {
+  return RunBoth(desc, args, variant, workspace, stream);
 }
 
 }  // extern "C"

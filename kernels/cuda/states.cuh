@@ -15,6 +15,14 @@
 //
 // A pair is two directions in one block. They walk the same tiles from opposite ends: whoever meets a tile first leaves
 // its part in y, the other adds, gates and finishes it.
+//
+// A long sequence of few rows leaves most of a card idle, and each block alone on its SM with its waits. Then the
+// sequence is cut into chunks, which two launches take side by side:
+//
+//   kCarry   the states that each chunk ends with if it begins with none, and by how much it lets others decay
+//   kResume  from those of the chunks before, what a chunk begins with; then the scan of it
+//
+// The first is about two thirds of the work again; with enough rows there is only kWhole.
 #ifndef VIM_KERNELS_CUDA_STATES_CUH_
 #define VIM_KERNELS_CUDA_STATES_CUH_
 
@@ -25,6 +33,16 @@
 #include "cuda/params.h"
 
 namespace vim::cuda {
+
+enum Pass { kWhole, kCarry, kResume };
+
+// Some tokens of a sequence, and where their block leaves or finds what chunks carry over.
+struct Chunk {
+  int64_t batch;
+  int first_token, length, tiles;
+  int index, count;
+  Carry* carries;  // of the batch's direction 0: [direction][chunk][channel][state]
+};
 
 // What a direction keeps in shared memory. What is there twice is scanned for one tile while the next is prepared and
 // the last is finished. Rows are tokens in walking order.
@@ -72,9 +90,10 @@ __device__ __forceinline__ void HalveSum(float* y, int half, int stride, int par
 // A warp may be alone on its quarter of the SM, so what takes long is asked for ahead: four tokens are loaded and their
 // decays computed while others are scanned, and a group's sums are gathered a round at a time during the next group.
 // (A store to shared memory also keeps the compiler from moving later loads before it.)
-template <typename IO, int kLanes, int kTile, int kRows, typename Shared>
-__device__ __forceinline__ void ScanTiles(const Direction& direction, int channels, Shared& shared, int thread,
-                                          int first_channel, int tiles, int middle) {
+template <typename IO, int kLanes, int kTile, int kRows, Pass kPass, typename Shared>
+__device__ __forceinline__ void ScanTiles(const Direction& direction, bool reverse, int channels, Shared& shared,
+                                          int thread, int first_channel, const Chunk& chunk, int middle) {
+  const int tiles = chunk.tiles;
   constexpr int kRowsPerWarp = 32 / kLanes;
   constexpr int kOwn = kStates / kLanes;           // states a lane
   constexpr int kGroup = kLanes < 4 ? 4 : kLanes;  // tokens whose parts of y are held
@@ -97,8 +116,16 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
     for (int m = 0; m < kOwn; ++m) {
       A[r][m] = direction.A[channel * kStates + part + m * kLanes] * kLog2e;
       state[r][m] = 0.0f;
+      if (kPass == kResume) {
+        const Carry* const carries = chunk.carries + channel * kStates + part + m * kLanes;
+        for (int i = 0; i < (reverse ? chunk.count - 1 - chunk.index : chunk.index); ++i) {
+          const Carry before = carries[int64_t{reverse ? chunk.count - 1 - i : i} * channels * kStates];
+          state[r][m] = fmaf(before.decay, state[r][m], before.state);
+        }
+      }
     }
   }
+  float passed[kRows] = {};  // kCarry: the sum of Delta
 
   struct Loaded {
     float4 step[kRows], gain[kRows], b[kOwn], c[kOwn];
@@ -147,7 +174,12 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
 #pragma unroll
         for (int m = 0; m < kOwn; ++m) {
           to.b[m] = *reinterpret_cast<const float4*>(states + m * kLanes * shared.kPitch + from);
-          to.c[m] = *reinterpret_cast<const float4*>(states + (kStates + m * kLanes) * shared.kPitch + from);
+          if (kPass != kCarry)
+            to.c[m] = *reinterpret_cast<const float4*>(states + (kStates + m * kLanes) * shared.kPitch + from);
+        }
+        if (kPass == kCarry) {
+#pragma unroll
+          for (int r = 0; r < kRows; ++r) passed[r] += (to.step[r].x + to.step[r].y) + (to.step[r].z + to.step[r].w);
         }
         return to;
       };
@@ -168,6 +200,7 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
             for (int r = 0; r < kRows; ++r) {
               float& sum = sums[r][first + t];
               state[r][m] = fmaf(now.decay[r][m][t], state[r][m], now.add[r][m][t]);
+              if (kPass == kCarry) continue;
               sum = m == 0 ? At(now.c[m], t) * state[r][m] : fmaf(At(now.c[m], t), state[r][m], sum);
             }
           }
@@ -192,7 +225,15 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
           for (int i = 0; i < kGroup; ++i) held[r][i] = y[r][i];
       };
 
-      if constexpr (kDeep) {
+      if constexpr (kPass == kCarry) {
+        Loaded loaded = load(0);
+#pragma unroll
+        for (int from = 0; from < kTile; from += 4) {
+          const Ready now = transform(loaded);
+          if (from + 4 < kTile) loaded = load(from + 4);
+          scan(now, y, 0);
+        }
+      } else if constexpr (kDeep) {
         Ready ready = transform(load(0));
         Loaded loaded = load(4);
 #pragma unroll
@@ -232,13 +273,25 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, int channe
     if (walk == middle + 1) __syncthreads();
     __syncthreads();
   }
+  if constexpr (kPass == kCarry) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int channel = first_channel + first_row + r * kRowsPerWarp;
+      if (channel >= channels) continue;
+      Carry* const to = chunk.carries + (int64_t{chunk.index} * channels + channel) * kStates + part;
+#pragma unroll
+      for (int m = 0; m < kOwn; ++m) to[m * kLanes] = {state[r][m], Exp2(A[r][m] * passed[r])};
+    }
+  }
 }
 
 // The helpers' part: kItems times four channels of a token, and kStateItems times four states of four tokens, a thread.
-template <typename IO, int kChannels, int kTile, int kItems>
+template <typename IO, int kChannels, int kTile, int kItems, Pass kPass>
 __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Direction& direction, bool reverse,
                                                  StatesShared<kChannels, kTile, kItems>& shared, int thread,
-                                                 int64_t batch, int first_channel, int tiles, int middle) {
+                                                 int first_channel, const Chunk& chunk, int middle) {
+  const int tiles = chunk.tiles;
+  const int64_t batch = chunk.batch;
   using E = Element<IO>;
   using Bits = typename E::Bits;
   using Bits4 = typename E::Bits4;
@@ -265,11 +318,14 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   // them, so that the states stay zero; where it ends with them, what the tile before left. A bit of `own_rows` for
   // each of this thread's rows of u, of `own_states` for each of its tokens of B and C; all are set but in the ragged
   // tile.
-  const int tail = p.length - (tiles - 1) * kTile;
+  const int tail = chunk.length - (tiles - 1) * kTile;
   const int ragged = Keep(tail == kTile ? -1 : reverse ? 0 : tiles - 1);
   auto four_of = [&](int j) { return (thread + j * kThreads) / 8 % 8; };
   auto states_row = [&](int j) { return ((thread + j * kThreads) / 64 * 8 + thread % 8) * 4; };
-  auto has_states = [&](int j) { return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile; };
+  auto has_states = [&](int j) {
+    if (kPass == kCarry && four_of(j) >= 4) return false;  // C
+    return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile;
+  };
   auto in_ragged = [&](int row) { return reverse ? row >= kTile - tail : row < tail; };
   uint32_t own_rows = 0, own_states = 0;
 #pragma unroll
@@ -287,7 +343,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   // Each pointer stands at this thread's first row of the tile to load or to finish next, and moves on by a tile. z
   // waits at the first tile that is gated.
   const int sign = reverse ? -1 : 1;
-  const int first_token = reverse ? tiles * kTile - 1 : 0;
+  const int first_token = chunk.first_token + (reverse ? tiles * kTile - 1 : 0);
   const int own_token = first_token + sign * first_row;
   const Bits* u =
       static_cast<const Bits*>(direction.u) + batch * direction.u_batch + channel + own_token * direction.u_token;
@@ -334,7 +390,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
     }
 #pragma unroll
     for (int j = 0; j < kStateItems; ++j) {
-      if (!has_states(j)) break;
+      if (!has_states(j)) continue;
       const Bits* from = states[j];
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
@@ -349,7 +405,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
     const int buffer = walk & 1;
 #pragma unroll
     for (int j = 0; j < kStateItems; ++j) {
-      if (!has_states(j)) break;
+      if (!has_states(j)) continue;
       float4 value[4];
 #pragma unroll
       for (int t = 0; t < 4; ++t) value[t] = E::ToFloat4(early_states[j][t]);
@@ -445,6 +501,12 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   __syncthreads();
 #pragma unroll 1
   for (int walk = 0; walk <= tiles; ++walk) {
+    if constexpr (kPass == kCarry) {
+      if (walk + 1 < tiles) prepare(walk + 1);
+      load_early(walk + 2);
+      __syncthreads();
+      continue;
+    }
     const int done = walk - 1;
     const uint32_t rows = done == ragged ? own_rows : all_rows;
     const bool meets = done == middle;
@@ -472,7 +534,7 @@ struct StatesThreads {  // a class, where nvcc computes host constants that a ke
   static_assert(kScanning % 32 == 0, "whole warps");
 };
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks>
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, Pass kPass>
 __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
   using Shared = StatesShared<kChannels, kTile, kItems>;
@@ -481,36 +543,47 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   Shared* const shared = reinterpret_cast<Shared*>(shared_memory);
 
   const int channel_blocks = (p.channels + kChannels - 1) / kChannels;
-  const int64_t batch = blockIdx.x / channel_blocks;
   const int first_channel = blockIdx.x % channel_blocks * kChannels;
-  const int tiles = (p.length + kTile - 1) / kTile;
+  Chunk chunk = {blockIdx.x / channel_blocks, 0, p.length, 0, 0, 1, nullptr};
+  if (kPass != kWhole) {
+    chunk.count = p.chunks;
+    chunk.index = static_cast<int>(chunk.batch % p.chunks);
+    chunk.batch /= p.chunks;
+    chunk.first_token = chunk.index * p.chunk_tokens;
+    chunk.length = min(p.length - chunk.first_token, p.chunk_tokens);
+    chunk.carries = static_cast<Carry*>(p.workspace) + chunk.batch * (1 + p.pair) * p.chunks * p.channels * kStates;
+  }
+  chunk.tiles = (chunk.length + kTile - 1) / kTile;
   // The tile both directions come to at the same step, or none.
-  const int middle = Keep(p.pair && tiles % 2 == 1 ? tiles / 2 : -2);
+  const int middle = Keep(kPass != kCarry && p.pair && chunk.tiles % 2 == 1 ? chunk.tiles / 2 : -2);
 
   const int scanning = kScanning << p.pair;
   const int thread = threadIdx.x;
   if (thread < scanning) {
     const int side = Keep(static_cast<int>(thread >= kScanning));
-    ScanTiles<IO, kLanes, kTile, kRows>(p.direction[side], p.channels, shared[side], Keep(thread - side * kScanning),
-                                        first_channel, tiles, middle);
+    const bool reverse = (p.pair ? side : p.reverse) != 0;
+    chunk.carries += int64_t{side} * p.chunks * p.channels * kStates;
+    ScanTiles<IO, kLanes, kTile, kRows, kPass>(p.direction[side], reverse, p.channels, shared[side],
+                                               Keep(thread - side * kScanning), first_channel, chunk, middle);
   } else {
     const int side = Keep(static_cast<int>(thread - scanning >= kHelping));
     const int helper = Keep(thread - scanning - side * kHelping);
     const bool reverse = Keep(p.pair ? side : p.reverse) != 0;
-    PrepareAndFinish<IO, kChannels, kTile, kItems>(p, p.direction[side], reverse, shared[side], helper, batch,
-                                                   first_channel, tiles, middle);
+    PrepareAndFinish<IO, kChannels, kTile, kItems, kPass>(p, p.direction[side], reverse, shared[side], helper,
+                                                          first_channel, chunk, middle);
   }
 }
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks>
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, Pass kPass>
 cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
   const int directions = params.pair ? 2 : 1;
   constexpr size_t kBytes = StatesSizes::Bytes(kChannels, kTile);
   static_assert(sizeof(StatesShared<kChannels, kTile, kItems>) == kBytes, "one formula");
   const size_t shared = directions * kBytes;
-  const int64_t blocks = int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch;
+  const int64_t blocks =
+      int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (kPass == kWhole ? 1 : params.chunks);
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks>;
+  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kPass>;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
@@ -522,11 +595,31 @@ cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
 }
 
 template <typename IO>
-cudaError_t LaunchStates(const Params& params, const vim_scan_variant& variant, cudaStream_t stream) {
-#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_)                         \
-  if (variant.lanes == lanes_ && variant.channels == channels_ && variant.tokens == tile_ && \
-      variant.split == items_ && variant.rows == rows_)                                      \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_>(params, stream);
+cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, cudaStream_t stream) {
+  Params params = given;
+  auto is = [&](int lanes, int channels, int tile, int items, int rows) {
+    return variant.lanes == lanes && variant.channels == channels && variant.tokens == tile && variant.split == items &&
+           variant.rows == rows;
+  };
+  const int tiles = (params.length + variant.tokens - 1) / variant.tokens;
+  const int chunk_tiles = variant.chunks > 1 ? (tiles + variant.chunks - 1) / variant.chunks : tiles;
+  params.chunk_tokens = chunk_tiles * variant.tokens;
+  params.chunks = (tiles + chunk_tiles - 1) / chunk_tiles;  // none is empty
+  if (variant.chunks > 1 && params.chunks > 1) {
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_)                                      \
+  if (is(lanes_, channels_, tile_, items_, rows_)) {                                                      \
+    const cudaError_t error =                                                                             \
+        LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kCarry>(params, stream);     \
+    if (error != cudaSuccess) return error;                                                               \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kResume>(params, stream); \
+  }
+    VIM_STATES_CHUNKED(VIM_STATES)
+#undef VIM_STATES
+    return cudaErrorInvalidValue;
+  }
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_) \
+  if (is(lanes_, channels_, tile_, items_, rows_))                   \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kWhole>(params, stream);
   VIM_STATES_INSTANCES(VIM_STATES)
 #undef VIM_STATES
   return cudaErrorInvalidValue;

@@ -1,5 +1,7 @@
 // The ops on CUDA's execution provider: kernels on the provider's stream, nothing waited for, so that ONNX Runtime may
 // record them into a CUDA graph.
+#include <cuda_runtime_api.h>
+
 #include "op.h"
 #include "vim/selective_scan_cuda.h"
 
@@ -11,11 +13,34 @@ vim_status OnStream(const Desc& desc, const Args& args, const Ort::KernelContext
   return kKernel(&desc, &args, context.GetGPUComputeStream());
 }
 
-// The scans, which may ask for memory; none of today's does.
+// Memory of the session's arena while a kernel is enqueued: whoever gets it next is enqueued after that kernel. None
+// where there is none to be had, which a scan can do without.
+class Scratch {
+ public:
+  Scratch(const Ort::KernelContext& context, size_t bytes) {
+    int device = 0;
+    if (bytes == 0 || cudaGetDevice(&device) != cudaSuccess) return;
+    const Ort::MemoryInfo memory("Cuda", OrtDeviceAllocator, device, OrtMemTypeDefault);
+    allocator_ = context.GetAllocator(*static_cast<const OrtMemoryInfo*>(memory));
+    data_ = allocator_->Alloc(allocator_, bytes);
+  }
+  ~Scratch() {
+    if (data_ != nullptr) allocator_->Free(allocator_, data_);
+    if (allocator_ != nullptr) Ort::GetApi().ReleaseAllocator(allocator_);
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  OrtAllocator* allocator_ = nullptr;
+  void* data_ = nullptr;
+};
+
 template <auto kKernel, auto kWorkspace, typename Desc, typename Args>
 vim_status ScanOnStream(const Desc& desc, const Args& args, const Ort::KernelContext& context) {
-  if (kWorkspace(&desc) != 0) Refuse("the kernel asks for memory, which this library does not give it");
-  return kKernel(&desc, &args, nullptr, context.GetGPUComputeStream());
+  const Scratch scratch(context, kWorkspace(&desc));
+  return kKernel(&desc, &args, scratch.data(), context.GetGPUComputeStream());
 }
 
 }  // namespace

@@ -37,6 +37,14 @@ class Pointers {
 
 size_t NoWorkspace(const Call&) { return 0; }
 
+// What any batch up to this one needs: TensorRT asks for the largest, and large ones need none.
+template <typename Desc>
+size_t MostWorkspace(Desc desc, size_t (*workspace)(const Desc*)) {
+  for (; desc.batch > 0; --desc.batch)
+    if (const size_t bytes = workspace(&desc)) return bytes;
+  return 0;
+}
+
 namespace selective_scan {
 
 enum : int32_t { kU, kDelta, kA, kB, kC, kD, kZ, kDeltaBias };
@@ -60,10 +68,7 @@ vim_selective_scan_desc Desc(const Call& call) {
 
 bool Supports(const Call& call, std::string* error) { return Ask(vim_selective_scan_supports, Desc(call), error); }
 
-size_t Workspace(const Call& call) {
-  const vim_selective_scan_desc desc = Desc(call);
-  return vim_selective_scan_cuda_workspace(&desc);
-}
+size_t Workspace(const Call& call) { return MostWorkspace(Desc(call), vim_selective_scan_cuda_workspace); }
 
 vim_status Run(const Call& call, const void* const* inputs, void* const* outputs, void* workspace, void* stream) {
   const vim_selective_scan_desc desc = Desc(call);
@@ -118,10 +123,7 @@ bool Supports(const Call& call, std::string* error) {
   return Ask(vim_bi_selective_scan_supports, Desc(call), error);
 }
 
-size_t Workspace(const Call& call) {
-  const vim_bi_selective_scan_desc desc = Desc(call);
-  return vim_bi_selective_scan_cuda_workspace(&desc);
-}
+size_t Workspace(const Call& call) { return MostWorkspace(Desc(call), vim_bi_selective_scan_cuda_workspace); }
 
 vim_status Run(const Call& call, const void* const* inputs, void* const* outputs, void* workspace, void* stream) {
   const vim_bi_selective_scan_desc desc = Desc(call);

@@ -22,9 +22,9 @@ _i64, _i32, _f32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.
 
 
 class Variant(ctypes.Structure):
-    """vim_scan_variant: form, channels, lanes, tokens, split, cluster, rows."""
+    """vim_scan_variant."""
 
-    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "cluster", "rows")]
+    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "cluster", "rows", "chunks")]
 
     def __str__(self) -> str:
         if self.form == GENERIC:
@@ -32,7 +32,8 @@ class Variant(ctypes.Structure):
         if self.form == SEQUENTIAL:
             return f"sequential x{self.channels}"
         if self.form == STATES:
-            return f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split} rows{self.rows}"
+            states = f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split} rows{self.rows}"
+            return states + (f" chunks{self.chunks}" if self.chunks > 1 else "")
         return f"lanes {self.lanes}x{self.tokens} ch{self.channels} split{self.split}" + " cluster" * self.cluster
 
     def fields(self) -> tuple[int, ...]:
@@ -47,16 +48,17 @@ def lanes(lanes: int, tokens: int, channels: int = 8, split: int = 1, cluster: i
     return Variant(LANES, channels, lanes, tokens, split, cluster)
 
 
-def states(lanes: int, channels: int, tile: int, items: int, rows: int) -> Variant:
-    return Variant(STATES, channels, lanes, tile, items, 0, rows)
+def states(lanes: int, channels: int, tile: int, items: int, rows: int, chunks: int = 1) -> Variant:
+    return Variant(STATES, channels, lanes, tile, items, 0, rows, chunks)
 
 
-STATES_INSTANCES = [each[:5] for each in instances("VIM_STATES_INSTANCES")]  # (lanes, channels, tile, items, rows)
+STATES_VARIANTS = [states(*each[:5]) for each in instances("VIM_STATES_INSTANCES")]
+STATES_VARIANTS += [states(*each[:5], chunks) for each in instances("VIM_STATES_CHUNKED") for chunks in (2, 4, 8, 16)]
 INSTANCES = [(w, t, c) for t, w, c in instances("VIM_LANES_INSTANCES")]  # (lanes, tokens, channels)
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]
-SINGLE_VARIANTS += [states(*each) for each in STATES_INSTANCES]
-PAIR_VARIANTS += [states(*each) for each in STATES_INSTANCES]
+SINGLE_VARIANTS += STATES_VARIANTS
+PAIR_VARIANTS += STATES_VARIANTS
 PAIR_VARIANTS += [lanes(w, t, c, s, k) for w, t, c in INSTANCES for s in (1, 2, 4) for k in (0, 1)]
 
 
@@ -161,12 +163,16 @@ class Call:
         self._run = getattr(lib, f"{self.prefix}_cuda")
         self._with = getattr(lib, f"{self.prefix}_cuda_with")
         self._desc, self._args = ctypes.byref(desc), ctypes.byref(args)
+        size = getattr(lib, f"{self.prefix}_cuda_workspace")
+        size.restype = ctypes.c_size_t
+        self.workspace = torch.empty(size(self._desc), dtype=torch.uint8, device=first.u.device)
+        self._workspace = _ptr(self.workspace.data_ptr()) if len(self.workspace) else None
 
     def run(self, variant: Variant | None = None) -> int:
         """Enqueues on torch's current stream; the vim_status."""
         if variant is None:
-            return self._run(self._desc, self._args, None, _stream())
-        return self._with(self._desc, self._args, ctypes.byref(variant), _stream())
+            return self._run(self._desc, self._args, self._workspace, _stream())
+        return self._with(self._desc, self._args, ctypes.byref(variant), self._workspace, _stream())
 
     def chosen(self, sm: int = 90) -> Variant:
         return getattr(library(), f"{self.prefix}_choose_variant")(self._desc, sm)

@@ -23,7 +23,7 @@ def scans() -> int:
             if variant.form == lib.LANES and variant.split == 4 and dtype == torch.float32:
                 continue
             ran += lib.Call(directions, z, y.view, y_scale=y_scale).run(variant) == lib.OK
-        for variant in [lib.Variant(), *lib.SINGLE_VARIANTS[:8]]:
+        for variant in [lib.Variant(), *lib.SINGLE_VARIANTS[:8], *lib.STATES_VARIANTS]:
             ran += lib.Call(directions[1:], z, y.view, reverse=True).run(variant) == lib.OK
         torch.cuda.synchronize()
         assert y.intact() and torch.isfinite(y.view).all()

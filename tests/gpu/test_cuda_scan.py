@@ -214,6 +214,21 @@ def test_empty_and_unsupported(generator):
     assert lib.Call([d], None, torch.empty_like(d.u)).run(lib.lanes(8, 9)) == lib.UNSUPPORTED
 
 
+@pytest.mark.parametrize("pair", [True, False])
+def test_without_a_workspace_it_is_scanned_whole(pair, generator):
+    """To the same numbers; a variant in chunks cannot then be had by name."""
+    directions = [ref.make_direction(1, 1500, 384, torch.float16, rank=12, generator=generator) for _ in "fb"]
+    z = torch.randn(1, 1500, 384, device="cuda", generator=generator).half()
+    calls = [lib.Call(directions[: 1 + pair], z, torch.empty_like(z)) for _ in range(2)]
+    assert all(call.chosen().chunks > 1 for call in calls)
+    calls[1]._workspace = None
+    for call in calls:
+        assert call.run() == lib.OK
+    outputs = [call.keep[2] for call in calls]
+    assert ref.relative_rms(outputs[0], outputs[1].double()) < 5e-4
+    assert calls[1].run(calls[1].chosen()) == lib.UNSUPPORTED
+
+
 def test_graph_capture_and_repeat(generator):
     """Capturable, and the same bits every time."""
     directions = [ref.make_direction(4, 197, 384, torch.float16, rank=12, generator=generator) for _ in "fb"]

@@ -28,7 +28,7 @@ class Sizes(ctypes.Structure):
     ]
 
 
-Variant = ctypes.c_int32 * 7  # form, channels, lanes, tokens, split, cluster, rows
+Variant = ctypes.c_int32 * 8  # vim_scan_variant
 
 
 def sizes(batch: int, length: int, channels: int, **changes: object) -> Sizes:
@@ -105,4 +105,4 @@ def test_a_block_of_channels_stays_within_a_group(library: ctypes.CDLL) -> None:
     grouped = sizes(8, 197, 384, groups=32)  # 12 channels each
     chosen = choose(library, grouped)
     assert chosen[0] == GENERIC or 12 % chosen[1] == 0
-    assert not library.can_run(Variant(STATES, 8, 8, 64, 1, 0, 1), ctypes.byref(grouped), 90)
+    assert not library.can_run(Variant(STATES, 8, 8, 64, 1, 0, 1, 1), ctypes.byref(grouped), 90)

@@ -22,17 +22,19 @@ TOLERANCE = {"fp32": 2e-6, "fp16": 5e-4}  # relative RMS (issue 4, "Numerics")
 MOST_THREADS = 384  # of a block in the lanes form
 TOO_LARGE = -1
 
-#: (form, channels, lanes, tokens, split, cluster, rows). Both directions in one block: there are no clusters here.
-FORMS = [(GENERIC, 0, 0, 0, 0, 0, 0), (SEQUENTIAL, 1, 0, 0, 0, 0, 0), (SEQUENTIAL, 2, 0, 0, 0, 0, 0)]
+#: vim_scan_variant. Both directions in one block: there are no clusters here.
+FORMS = [(GENERIC, *[0] * 7), (SEQUENTIAL, 1, *[0] * 6), (SEQUENTIAL, 2, *[0] * 6)]
 FORMS += [
-    (LANES, channels, lanes, tokens, split, 0, 0)
+    (LANES, channels, lanes, tokens, split, 0, 0, 0)
     for tokens, lanes, channels in instances("VIM_LANES_INSTANCES")
     for split in (1, 2, 4)
     if 2 * split * channels * lanes <= MOST_THREADS
 ]
 FORMS += [
-    (STATES, channels, lanes, tile, items, 0, rows)
-    for lanes, channels, tile, items, rows, _ in instances("VIM_STATES_INSTANCES")
+    (STATES, channels, lanes, tile, items, 0, rows, chunks)
+    for macro, cuts in (("VIM_STATES_INSTANCES", (1,)), ("VIM_STATES_CHUNKED", (2, 3, 16)))
+    for lanes, channels, tile, items, rows, _ in instances(macro)
+    for chunks in cuts
 ]
 #: The barrier at the tile that both directions come to at once, taken out on all sides.
 NO_MEETING = (
@@ -100,8 +102,11 @@ class Layer:
 
     def run(self, library: ctypes.CDLL, variant: tuple[int, ...], sides: str, order: int) -> np.ndarray:
         y = np.full(self.sizes, np.nan, self.io)
-        half, fields = self.io == np.float16, (ctypes.c_int32 * 7)(*variant)
-        status = library.scan(half, ctypes.byref(self.params(y, sides)), fields, order)
+        half, fields = self.io == np.float16, (ctypes.c_int32 * 8)(*variant)
+        params = self.params(y, sides)
+        workspace = np.full((*self.sizes[::2], len(sides), max(1, variant[7]), 16, 2), np.nan, np.float32)
+        params.workspace = workspace.ctypes.data
+        status = library.scan(half, ctypes.byref(params), fields, order)
         if status == TOO_LARGE:
             assert variant[0] == LANES and len(sides) == 2
             pytest.skip("both directions in one block take more shared memory than there is")

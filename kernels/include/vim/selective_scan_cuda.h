@@ -17,7 +17,8 @@ extern "C" {
 #endif
 
 /* One direction. `stream` is a cudaStream_t. `workspace` holds vim_selective_scan_cuda_workspace(desc) bytes, 256-byte
- * aligned; NULL when that is 0. Outputs must not overlap inputs.
+ * aligned; without one (NULL) the results are the same, and long sequences of few channels take longer. Outputs must
+ * not overlap inputs. What a larger batch asks for need not be enough for a smaller one: large ones need none.
  * Returns VIM_UNSUPPORTED where vim_selective_scan_supports says no, VIM_LAUNCH_FAILED where CUDA refuses the launch
  * (vim_cuda_last_error names it). Thread-safe. */
 vim_status vim_selective_scan_cuda(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
@@ -47,16 +48,18 @@ typedef struct vim_scan_variant {
   int32_t split;    /* lanes: warps that share a row's states (1, 2, 4); states: tokens of a tile a helper thread has */
   int32_t cluster;  /* lanes: 1 = the two directions are two blocks of a cluster (sm_90 and later) */
   int32_t rows;     /* states: rows that a lane walks side by side (1, 2) */
+  int32_t chunks;   /* states: parts of the sequence that are scanned side by side, after a pass over all but y that
+                       tells what states each begins with; 1: none. Above 1 only with a workspace. */
 } vim_scan_variant;
 
 vim_scan_variant vim_selective_scan_choose_variant(const vim_selective_scan_desc* desc, int sm);
 vim_scan_variant vim_bi_selective_scan_choose_variant(const vim_bi_selective_scan_desc* desc, int sm);
 
 vim_status vim_selective_scan_cuda_with(const vim_selective_scan_desc* desc, const vim_selective_scan_args* args,
-                                        const vim_scan_variant* variant, void* stream);
+                                        const vim_scan_variant* variant, void* workspace, void* stream);
 vim_status vim_bi_selective_scan_cuda_with(const vim_bi_selective_scan_desc* desc,
                                            const vim_bi_selective_scan_args* args, const vim_scan_variant* variant,
-                                           void* stream);
+                                           void* workspace, void* stream);
 
 /* The CUDA error behind the calling thread's last VIM_LAUNCH_FAILED, in words. */
 const char* vim_cuda_last_error(void);
