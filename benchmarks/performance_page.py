@@ -26,7 +26,8 @@ from vimdeploy.bench.results import Results, Row  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 NETWORK = RESULTS / "network-h200-fp16.json"
-LATER = RESULTS / "network-h200-fp16-later.json"  # the most important cases again, with later kernels
+#: the most important cases again, with later kernels: from the older to the newer run
+LATER = (RESULTS / "network-h200-fp16-later.json", RESULTS / "network-h200-fp16-latest.json")
 SCAN = RESULTS / "scan-h200-fp16.json"
 TUNE = RESULTS / "scan-tune-h200.json"
 FUSED = RESULTS / "fused-h200.json"
@@ -50,7 +51,7 @@ _NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h
 
 
 def network_table() -> str:
-    """Issue by issue: the figure, of the whole run and of a later one, the bar, the aim."""
+    """Issue by issue: the figure, of the whole run and of the last later one that has it, the bar, the aim."""
     found = _network()
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
@@ -67,21 +68,28 @@ def network_table() -> str:
 
 
 def _later(first: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of the later run whose contenders are all that the first run had."""
-    values = pages.read(LATER)
-    if values is None:
-        return {}
+    """The figures of later runs that had all contenders of the first; of the last run that has them.
 
-    def contenders(run: dict[str, Any], model: str, px: str, batch: str) -> set[str]:
+    And only where those that are not ours ran as they did then, within a tenth: else the host or its card was another.
+    """
+
+    def times(run: dict[str, Any], model: str, px: str, batch: str) -> dict[str, float]:
         case = (int(batch), int(px))
         rows = [row for row in run["rows"] if (row["batch"], row["img_size"][0]) == case and not row.get("failed")]
-        return {row["contender"] for row in rows if row["model"].endswith(f"-{model}")}
+        return {row["contender"]: row["ms"] for row in rows if row["model"].endswith(f"-{model}")}
 
-    def whole(name: str) -> bool:
+    def whole(run: dict[str, Any], name: str) -> bool:
         case = re.match(r"Vim-(\w+), (\d+) px, B (\d+)", name)
-        return case is None or contenders(first, *case.groups()) <= contenders(values, *case.groups())
+        if case is None:
+            return True
+        then, now = times(first, *case.groups()), times(run, *case.groups())
+        others = [who for who in then if _OURS not in who]
+        return then.keys() <= now.keys() and all(abs(now[who] / then[who] - 1) < 0.1 for who in others)
 
-    return {entry["name"]: entry for entry in values["table"] if entry["value"] is not None and whole(entry["name"])}
+    found = {}
+    for run in filter(None, map(pages.read, LATER)):
+        found |= {e["name"]: e for e in run["table"] if e["value"] is not None and whole(run, e["name"])}
+    return found
 
 
 def network_rows() -> str:
@@ -128,7 +136,7 @@ def network_host() -> str:
     found = _network()
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
-    host, later = found[0]["host"], pages.read(LATER)
+    host = found[0]["host"]
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     parity = "; ".join(
         f"{entry['model']} {entry['px']} px {entry['dtype']}: "
@@ -139,12 +147,13 @@ def network_host() -> str:
         f"\n`benchmarks/results/{NETWORK.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
         f"commit {host['commit']}, {host['date']}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
     )
-    if later is None:
-        return text
-    return text + (
-        f"`benchmarks/results/{LATER.name}`: a host of the same kind, commit {later['host']['commit']}, "
-        f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n"
-    )
+    for path in LATER:
+        if (later := pages.read(path)) is not None:
+            text += (
+                f"`benchmarks/results/{path.name}`: a host of the same kind, commit {later['host']['commit']}, "
+                f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n"
+            )
+    return text
 
 
 def scan() -> str:

@@ -44,19 +44,17 @@ constexpr struct {
 #undef VIM_LANES
 };
 
-constexpr struct {
+struct StatesInstance {
   int lanes, channels, tile, items, rows;
-} kStatesInstances[] =
-    {
+};
 #define VIM_STATES(lanes, channels, tile, items, rows, blocks) {lanes, channels, tile, items, rows},
-        VIM_STATES_INSTANCES(VIM_STATES)},
-  kChunkedInstances[] = {VIM_STATES_CHUNKED(VIM_STATES)
+constexpr StatesInstance kStatesInstances[] = {VIM_STATES_INSTANCES(VIM_STATES)};
+constexpr StatesInstance kChunkedInstances[] = {VIM_STATES_CHUNKED(VIM_STATES)};
 #undef VIM_STATES
-  };
 
-template <typename Instances>
-bool IsOneOf(const Instances& instances, const vim_scan_variant& variant) {
-  for (const auto& each : instances)
+template <size_t kCount>
+bool IsOneOf(const StatesInstance (&instances)[kCount], const vim_scan_variant& variant) {
+  for (const StatesInstance& each : instances)
     if (each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
         each.items == variant.split && each.rows == variant.rows)
       return true;

@@ -22,7 +22,7 @@
 //   kCarry   the states that each chunk ends with if it begins with none, and by how much it lets others decay
 //   kResume  from those of the chunks before, what a chunk begins with; then the scan of it
 //
-// The first is about two thirds of the work again; with enough rows there is only kWhole.
+// The first is most of the recurrence again, without y; where there are rows enough there is only kWhole.
 #ifndef VIM_KERNELS_CUDA_STATES_CUH_
 #define VIM_KERNELS_CUDA_STATES_CUH_
 
@@ -562,7 +562,7 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   if (thread < scanning) {
     const int side = Keep(static_cast<int>(thread >= kScanning));
     const bool reverse = (p.pair ? side : p.reverse) != 0;
-    chunk.carries += int64_t{side} * p.chunks * p.channels * kStates;
+    if (kPass != kWhole) chunk.carries += int64_t{side} * p.chunks * p.channels * kStates;
     ScanTiles<IO, kLanes, kTile, kRows, kPass>(p.direction[side], reverse, p.channels, shared[side],
                                                Keep(thread - side * kScanning), first_channel, chunk, middle);
   } else {

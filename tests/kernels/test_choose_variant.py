@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERIC, SEQUENTIAL, LANES, STATES = range(4)
+CHUNKS = 7  # where a variant says in how many
 SMS = (75, 80, 86, 87, 89, 90, 100, 120)
 POINTS = re.findall(r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (ROOT / "kernels/cuda/variant_table.inc").read_text(), re.M)
 
@@ -48,7 +49,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     sources = [ROOT / "kernels/cuda/choose_variant.cc", ROOT / "tests/cpp/choose_variant_c.cc"]
     flags = ["-std=c++17", "-O1", "-shared", "-fPIC", f"-I{ROOT / 'kernels'}", f"-I{ROOT / 'kernels/include'}"]
     subprocess.run([compiler, *flags, *map(str, sources), "-o", str(out)], check=True)
-    return ctypes.CDLL(str(out))
+    library = ctypes.CDLL(str(out))
+    library.workspace.argtypes, library.workspace.restype = [ctypes.c_int64] * 3, ctypes.c_size_t
+    return library
 
 
 def choose(library: ctypes.CDLL, wanted: Sizes, sm: int = 90) -> tuple[int, ...]:
@@ -106,3 +109,45 @@ def test_a_block_of_channels_stays_within_a_group(library: ctypes.CDLL) -> None:
     chosen = choose(library, grouped)
     assert chosen[0] == GENERIC or 12 % chosen[1] == 0
     assert not library.can_run(Variant(STATES, 8, 8, 64, 1, 0, 1, 1), ctypes.byref(grouped), 90)
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "cut"), [(1, 384, True), (1, 768, True), (1, 1536, False), (8, 384, False)]
+)
+def test_long_sequences_of_few_rows_are_cut(library: ctypes.CDLL, batch: int, channels: int, cut: bool) -> None:
+    wanted = sizes(batch, 6085, channels)
+    assert (choose(library, wanted)[CHUNKS] > 1) == cut
+    assert choose(library, sizes(batch, 197, channels))[CHUNKS] <= 1
+
+
+def test_what_is_cut_has_a_workspace(library: ctypes.CDLL) -> None:
+    """Of all sizes that any Vim may have, in a pair or alone; and it holds a state and a decay for each of them."""
+    for batch in (1, 2, 3, 4, 7, 8):
+        for channels in (64, 384, 512, 768, 1536):
+            for length in (197, 319, 320, 400, 730, 6085, 16385):
+                for pair in (True, False):
+                    chosen = choose(library, sizes(batch, length, channels, pair=pair))
+                    rows = batch * channels * (1 + pair)
+                    assert chosen[CHUNKS] <= 1 or library.workspace(rows, length, 16) >= rows * chosen[CHUNKS] * 16 * 8
+
+
+@pytest.mark.parametrize(
+    ("change", "can"),
+    [({}, True), ({"batch": 2}, False), ({"length": 319}, False), ({"length": 320}, True), ({"states": 8}, False)],
+)
+def test_sizes_that_can_be_cut(library: ctypes.CDLL, change: dict[str, int], can: bool) -> None:
+    wanted = sizes(**{"batch": 1, "length": 6085, "channels": 1024, **change})
+    assert bool(library.can_run(Variant(STATES, 16, 4, 32, 2, 0, 1, 8), ctypes.byref(wanted), 90)) == can
+
+
+@pytest.mark.parametrize(
+    ("variant", "can"),
+    [
+        ((STATES, 16, 4, 32, 2, 0, 1, 16), True),
+        ((STATES, 16, 4, 32, 2, 0, 1, 17), False),  # more than the workspace holds
+        ((STATES, 4, 16, 64, 1, 0, 1, 1), True),
+        ((STATES, 4, 16, 64, 1, 0, 1, 2), False),  # not compiled
+    ],
+)
+def test_variants_that_cut(library: ctypes.CDLL, variant: tuple[int, ...], can: bool) -> None:
+    assert bool(library.can_run(Variant(*variant), ctypes.byref(sizes(1, 6085, 384)), 90)) == can
