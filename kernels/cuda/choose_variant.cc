@@ -6,8 +6,8 @@
 namespace vim::cuda {
 namespace {
 
-// Measured points; Choose takes the nearest. variant_table.inc is written by `benchmarks/scan.py --tune`, which names
-// the results file it came from there.
+// Measured points; Choose takes the nearest, of several at one place the first that can run. variant_table.inc is
+// written by `benchmarks/scan.py --tune`, which names the results file it came from there.
 struct Point {
   int64_t rows;  // batch * channels of a pair
   int64_t length;
@@ -78,7 +78,8 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
     if (sizes.groups != 1 && per_group % variant.channels != 0) return false;
     if (variant.chunks > 1) {
       const int64_t rows = sizes.batch * sizes.channels * (sizes.pair ? 2 : 1);
-      if (!IsOneOf(kChunkedInstances, variant) || variant.chunks > StatesSizes::kMostChunks) return false;
+      if (!sizes.workspace || !IsOneOf(kChunkedInstances, variant) || variant.chunks > StatesSizes::kMostChunks)
+        return false;
       if (StatesSizes::Workspace(rows, sizes.length, sizes.states) == 0) return false;
     }
     return (sizes.pair ? 2 : 1) * StatesSizes::Bytes(variant.channels, variant.tokens) <= SharedLimit(sm);

@@ -17,10 +17,11 @@ struct Sizes {
   int row_alignment;    // bytes, at most 16: what divides the rows of u, delta, z and y, and channels
   bool states_aligned;  // rows of B and C start on four states
   int64_t longest_row;  // elements from a token to the next, of any operand
+  bool workspace;       // there is one
 };
 
-// Of the instances tried (benchmarks/notes.md), those that won somewhere. The lanes form's won before the states form
-// cut long sequences into chunks; the table of an H200 names none of them now.
+// Of the instances tried (benchmarks/notes.md), those that won somewhere, and of the lanes form three that did once.
+// Since the states form cuts long sequences into chunks, the lanes form has those for which there is no workspace.
 //
 // Instances of the lanes form, (tokens, lanes, channels). 6 and 12 channels a block spread Vim's 384 and 768 channels
 // at batch 1 over 128 of an H100's 132 SMs.

@@ -73,6 +73,7 @@ struct Geometry {
     sizes.states = desc.states;
     sizes.groups = desc.groups;
     sizes.element_bytes = ElementBytes(desc.io);
+    sizes.workspace = true;  // until it is found that there is none
     FeedRows(desc, &rows);
     FeedStates(desc, &states);
     Update();
@@ -174,15 +175,12 @@ vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_vari
   params.workspace = workspace;
   geometry.FeedPointers(params);
   params.state_granule = geometry.states.Bytes();
+  geometry.sizes.workspace = workspace != nullptr;
 
   int sm = 0;
   const cudaError_t no_device = CurrentSm(&sm);
   if (no_device != cudaSuccess) return vim::cuda::StatusOf(no_device);
-  vim_scan_variant variant = forced != nullptr ? *forced : vim::cuda::Choose(geometry.sizes, sm);
-  if (workspace == nullptr && variant.chunks > 1) {
-    if (forced != nullptr) return VIM_UNSUPPORTED;
-    variant.chunks = 1;
-  }
+  const vim_scan_variant variant = forced != nullptr ? *forced : vim::cuda::Choose(geometry.sizes, sm);
   if (!vim::cuda::CanRun(variant, geometry.sizes, sm)) return VIM_UNSUPPORTED;
 
   const auto cuda_stream = static_cast<cudaStream_t>(stream);

@@ -70,7 +70,6 @@ def main(folder: Path, library: Path, out: Path, wanted: list[str]) -> int:
 
     for op in OPS:
         section(op, lambda op=op: check_op(op, library, results["ops"]))
-    section("a long scan", lambda: check_long_scan(library, results))
     for item in wanted:
         section(item, lambda item=item: check_model(folder, library, item, results["models"]))
     section("overhead", lambda: check_overhead(library, results))
@@ -190,30 +189,6 @@ def check_op(name: str, library: Path, results: dict[str, Any]) -> list[str]:
         results[f"{name}:{io}"] = errors
         if not all(error <= TOLERANCE[io] for error in errors):
             failures.append(f"{io}: {errors}, more than {TOLERANCE[io]:g}")
-    return failures
-
-
-def check_long_scan(library: Path, results: dict[str, Any]) -> list[str]:
-    """One that is scanned in chunks, in memory of the session's arena: alone, again, and from a CUDA graph."""
-    inputs = bi_scan_inputs(np.random.default_rng(3), 1, 1500, 64)
-    want = golden.bi_selective_scan_f64(**{each: value.astype(np.float64) for each, value in inputs.items()})
-    failures, errors = [], {}
-    for graph in (False, True):
-        context = cuda.Context(0)
-        session = open_bytes(op_model("BiSelectiveScan", inputs, "fp32"), library, context.stream, graph)
-        binding = session.io_binding()
-        for each, value in inputs.items():
-            binding.bind_ortvalue_input(each, ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
-        binding.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_shape_and_type(want.shape, np.float32, "cuda", 0))
-        for _ in range(3):
-            session.run_with_iobinding(binding)
-        binding.synchronize_outputs()
-        got = binding.get_outputs()[0].numpy()
-        error = float(np.sqrt(((got - want) ** 2).sum() / (want**2).sum()))
-        errors["graph" if graph else "eager"] = error
-        if not error <= TOLERANCE["fp32"]:
-            failures.append(f"{'in a graph' if graph else 'eager'}: {error:.1e}")
-    results["long scan"] = errors
     return failures
 
 
