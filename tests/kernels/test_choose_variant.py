@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import re
 import shutil
 import subprocess
@@ -64,6 +65,18 @@ def choose(library: ctypes.CDLL, wanted: Sizes, sm: int = 90) -> tuple[int, ...]
 def test_the_table_covers_a_grid() -> None:
     rows, lengths = {int(rows) for rows, _, _ in POINTS}, {int(length) for _, length, _ in POINTS}
     assert len({(rows, length) for rows, length, _ in POINTS}) == len(rows) * len(lengths) >= 40
+
+
+def test_the_table_is_what_was_measured() -> None:
+    """The fastest at each point and, where that one is cut, the fastest that is not."""
+    listed: dict[tuple[int, int], list[list[int]]] = {}
+    for rows, length, fields in POINTS:
+        listed.setdefault((int(rows), int(length)), []).append([int(field) for field in fields.split(",")])
+    for row in json.loads((ROOT / "benchmarks/results/scan-tune-h200.json").read_text())["tune"]:
+        fastest = [fields for fields, _ in sorted(row["us"], key=lambda entry: entry[1])]
+        whole = [fields for fields in fastest if len(fields) <= CHUNKS or fields[CHUNKS] <= 1]
+        wanted = fastest[:1] if fastest[0] == whole[0] else [fastest[0], whole[0]]
+        assert listed[row["rows"], row["length"]] == wanted
 
 
 @pytest.mark.parametrize(("rows", "length", "fields"), POINTS)
