@@ -23,11 +23,6 @@ CPU, CARD = RESULTS / "int8-cpu-epyc.json", RESULTS / "int8-trt85-h200.json"
 PROFILE = RESULTS / "int8-trt85-profile-h200.json"
 
 
-def fill(text: str) -> str:
-    """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
-    return pages.fill(text, REGIONS)
-
-
 def accuracy() -> str:
     """Step by step: top-1 and signal to noise, of the model as trained and with outlier channels."""
     values = pages.read(CPU)
@@ -113,14 +108,5 @@ def profile() -> str:
 REGIONS = {"int8-accuracy": accuracy, "int8-speed": speed, "int8-card": card, "int8-profile": profile}
 
 
-def main() -> int:
-    before = PAGE.read_text()
-    after = fill(before)
-    if "--check" in sys.argv:
-        return int(before != after)
-    PAGE.write_text(after)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.main(PAGE, REGIONS))

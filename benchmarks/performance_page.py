@@ -8,7 +8,6 @@ pages.py says what a region is.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -34,11 +33,6 @@ FUSED = RESULTS / "fused-h200.json"
 CPU = RESULTS / "cpu-epyc.json"
 
 _TIMES = "\N{MULTIPLICATION SIGN}"
-
-
-def fill(text: str) -> str:
-    """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
-    return pages.fill(text, REGIONS)
 
 
 def _network() -> tuple[dict[str, Any], Results] | None:
@@ -283,20 +277,12 @@ def figures() -> dict[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    text = PAGE.read_text()
-    filled = fill(text)
-    if arguments.check:
-        if filled != text:
-            print(f"{PAGE.relative_to(ROOT)} is not what the results say: python benchmarks/performance_page.py")
-        return int(filled != text)
-    PAGE.write_text(filled)
-    for name, svg in figures().items():
-        IMAGES.mkdir(exist_ok=True)
-        (IMAGES / name).write_text(svg)
-    return 0
+    outcome = pages.main(PAGE, REGIONS)
+    if "--check" not in sys.argv[1:]:
+        for name, svg in figures().items():
+            IMAGES.mkdir(exist_ok=True)
+            (IMAGES / name).write_text(svg)
+    return outcome
 
 
 if __name__ == "__main__":

@@ -24,11 +24,6 @@ BUILDS, PROGRAMS = RESULTS / "trt85-build-h200.json", RESULTS / "trt85-programs-
 MODELS = {"digits": "digits", "vim_tiny": "Vim-Ti", "vim_small": "Vim-S"}
 
 
-def fill(text: str) -> str:
-    """The page with every region made anew. Raises KeyError for a region of a name nobody makes."""
-    return pages.fill(text, REGIONS)
-
-
 def plans() -> str:
     """Each plan's outputs at batch 64 against PyTorch's; of a plan that both files have, the later one."""
     found: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -100,14 +95,5 @@ def programs() -> str:
 REGIONS = {"plans": plans, "builds": builds, "programs": programs}
 
 
-def main() -> int:
-    before = PAGE.read_text()
-    after = fill(before)
-    if "--check" in sys.argv:
-        return int(before != after)
-    PAGE.write_text(after)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pages.main(PAGE, REGIONS))

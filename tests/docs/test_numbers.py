@@ -6,15 +6,13 @@ Regions of docs/performance.md that are written from results files are compared 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import page_scripts
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,32 +105,24 @@ def test_the_test_itself(text: str, missing: list[str]) -> None:
     assert unmeasured(text, [12.344, 5.6, 2.0**30, 0.975]) == missing
 
 
-def load_page_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("performance_page", ROOT / "benchmarks" / "performance_page.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_performance_page_says_what_the_results_say() -> None:
-    script = load_page_script()
+@pytest.mark.parametrize("name", ["performance_page", "int8_page", "trt_page"])
+def test_a_page_is_what_the_results_say(name: str) -> None:
+    script = page_scripts.load(name)
     text = script.PAGE.read_text()
     assert set(script.pages.regions(text)) == set(script.REGIONS)
-    assert script.fill(text) == text, "run python benchmarks/performance_page.py"
+    assert page_scripts.filled(script) == text, f"run python benchmarks/{name}.py"
 
 
 def test_a_changed_figure_of_the_page_is_noticed() -> None:
-    script = load_page_script()
+    script = page_scripts.load("performance_page")
     text = script.PAGE.read_text()
     figure = re.search(r"\| (\d+\.\d) \|", script.pages.regions(text)["scan"])[1]  # type: ignore[index]
     changed = text.replace(f"| {figure} |", "| 0.123 |")
-    assert changed != text and script.fill(changed) == script.fill(text)
+    assert changed != text and script.pages.fill(changed, script.REGIONS) == page_scripts.filled(script)
 
 
 def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_page_script()
+    script = page_scripts.load("performance_page")
     latency = {"p50": 9.876, "p95": 1.0, "p99": 1.0, "min": 1.0, "mean": 1.0, "samples": 3}
     row = {
         "contender": "Vim-Ti on vimdeploy's kernels", "role": "artifact", "family": "vim", "model": "Vim-Ti",
@@ -169,7 +159,7 @@ def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch
 
 
 def test_a_later_run_counts_only_where_it_had_all_contenders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = load_page_script()
+    script = page_scripts.load("performance_page")
 
     def run(value: float, rows: list[tuple[str, str, int]], ms: float = 9.0) -> dict[str, object]:
         entry = {"least": 1.0, "aim": 1.4, "value": value, "held": value >= 1, "aim_reached": value >= 1.4}
