@@ -2,8 +2,8 @@
 
 Two libraries have the same functions: libvimdeploy_cuda.so (`..._cuda`, on torch's current stream) for CUDA tensors,
 and ONNX Runtime's op library (`..._cpu`) for tensors on the CPU. A call checks shapes, types and strides, because a
-kernel given a wrong pointer does not say so; it waits for nothing and takes no memory but a long scan's
-workspace, from torch, so it may be captured in a CUDA graph.
+kernel given a wrong pointer does not say so; it waits for nothing and takes no memory but a long scan's workspace,
+from torch, so it may be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ The rules, cited in the code:
 3. What a norm reads is the residual stream: the node that makes it computes in fp32, and so does everything from
    there to the next MatMul (mean of squares overflows fp16 at |r| > 255, vim-spec.md 7.3). AddRMSNorm's `r` is one too.
 4. Any other node is in the low type when all it reads is; weights and constants follow their reader.
-   So does what spreads one (a class token for every image), where whatever its reader gives is taken low by all that
-   read it: three casts less, and nothing rounded that would not be rounded next.
 5. A product between QuantizeLinear and DequantizeLinear pairs is int8; the pairs take and give the low type where ONNX
    allows that (opset 19) and the low type holds their scales exactly, else fp32. The product follows its pairs, so that
    no Cast comes between them.
@@ -26,7 +24,6 @@ import onnx_ir as ir
 
 from vimdeploy.errors import ExportError
 from vimdeploy.export import schema
-from vimdeploy.passes import edit
 
 PRECISIONS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 #: bf16 convolutions entered ONNX here, and here scales in a low type.
@@ -64,11 +61,8 @@ class _Rules:
     def __init__(self, graph: ir.Graph, low: ir.DataType = ir.DataType.FLOAT16, opset: int = LOW_SCALES_OPSET) -> None:
         self.wide_nodes = _stream_nodes(graph) | _wide_pairs(graph, low, opset)
         self.low: set[ir.Value] = set()
-        self._following: set[ir.Node] = set()
         for node in graph:
             self.low.update(value for value, low in zip(node.outputs, self.gives(node)) if low)
-        for node in graph:
-            self._follow(node)
 
     def takes(self, node: ir.Node) -> list[bool]:
         """Whether each input must be low. Of a node all of whose inputs have been looked at."""
@@ -85,31 +79,7 @@ class _Rules:
         low = self._computes_low(node) and node.op_type != "Cast"  # a Cast's type is its own
         return [low and value.dtype in _FLOATS for value in node.outputs]
 
-    def _follow(self, node: ir.Node) -> None:
-        """Rule 4, of a node that spreads a constant: it and its reader become low."""
-        spread = node.outputs[0]
-        if node.op_type != "Expand" or node.inputs[0] is None or node.inputs[0].const_value is None:
-            return
-        reader = edit.only_reader(spread)
-        if reader is None or reader.domain == schema.DOMAIN or reader in self.wide_nodes:
-            return
-        others = [v for v in reader.inputs if v is not None and v is not spread and v.dtype in _FLOATS]
-        if not others or not all(value in self.low for value in others):
-            return
-        if not all(self._taken_low(value) for value in reader.outputs):
-            return
-        self._following |= {node, reader}
-        self.low |= {spread, *reader.outputs}
-
-    def _taken_low(self, value: ir.Value) -> bool:
-        """Whether vim ops read `value`, all of them low; who asks for its shape only does not count."""
-        readers = [use for use in value.uses() if use.node.op_type != "Shape"]
-        low = all(use.node.domain == schema.DOMAIN and self.takes(use.node)[use.idx] for use in readers)
-        return bool(readers) and low and not value.is_graph_output()
-
     def _computes_low(self, node: ir.Node) -> bool:
-        if node in self._following:
-            return True
         if node.op_type in _GEMMS | _PAIRS and node not in self.wide_nodes:  # rules 1, 5
             return True
         return node not in self.wide_nodes and self._reads_only_low(node)  # rules 3, 4
