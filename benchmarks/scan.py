@@ -2,7 +2,7 @@
 
   tests/gpu/run.sh -k choice                       builds build/gpu/out/libvimdeploy_cuda.so (or set VIM_CUDA_LIBRARY)
   python benchmarks/scan.py --mamba libmamba.so --output benchmarks/results/scan-h200.json
-  python benchmarks/scan.py --tune --output ...    every variant on the grid; writes kernels/cuda/variant_table.inc,
+  python benchmarks/scan.py --tune --output ...    every variant on the grid; writes kernels/cuda/variant_table*.inc,
                                                    unless options make the grid smaller
 
 Both directions of a Vim layer with z gate, D, bias and softplus, N = 16, B and C read from x_proj's rows (ours and the
@@ -321,19 +321,25 @@ def tune(arguments, l2_bytes) -> list[dict]:
     return rows
 
 
-def write_table(rows: list[dict], source: str) -> None:
-    """kernels/cuda/variant_table.inc from the fp16 points. Batches of models with the same rows share a point."""
-    lines = [
-        f"// Written by `benchmarks/scan.py --tune` from {source}:",
-        "// {batch * channels, length, fastest variant}, and its microseconds. Where that one needs a workspace, the",
-        "// fastest that needs none comes next.",
-    ]
-    for row in sorted(rows, key=lambda r: (r["length"], r["rows"])):
-        if row["dtype"] == "float16":
+#: dtype -> the table in kernels/cuda that its points go to; bfloat16 takes float16's.
+TABLES = {"float16": "variant_table.inc", "float32": "variant_table_f32.inc"}
+
+
+def write_tables(rows: list[dict], source: str) -> None:
+    """kernels/cuda/variant_table*.inc of the types measured. Batches of models with the same rows share a point."""
+    for dtype, table in TABLES.items():
+        points = [row for row in rows if row["dtype"] == dtype]
+        lines = [
+            f"// Written by `benchmarks/scan.py --tune` from {source}, {dtype}:",
+            "// {batch * channels, length, fastest variant}, and its microseconds. Where that one needs a workspace,",
+            "// the fastest that needs none comes next.",
+        ]
+        for row in sorted(points, key=lambda r: (r["length"], r["rows"])):
             whole = next(entry for entry in row["us"] if lib.Variant(*entry[0]).chunks <= 1)
             for fields, us in [row["us"][0]] + [whole] * (whole is not row["us"][0]):
                 lines.append(f"{{{row['rows']}, {row['length']}, {{{', '.join(map(str, fields))}}}}},  // {us:.1f}")
-    (ROOT / "kernels/cuda/variant_table.inc").write_text("\n".join(lines) + "\n")
+        if points:
+            (ROOT / "kernels/cuda" / table).write_text("\n".join(lines) + "\n")
 
 
 def check(anchor, mamba) -> dict:
@@ -390,10 +396,10 @@ def main() -> None:
         save()
     if arguments.tune:
         asked = (arguments.models, arguments.batches, arguments.lengths)
-        if asked == (list(MODELS), BATCHES, LENGTHS) and "float16" in arguments.dtypes:
-            write_table(result["tune"], f"benchmarks/results/{arguments.output.name}")
+        if asked == (list(MODELS), BATCHES, LENGTHS):
+            write_tables(result["tune"], f"benchmarks/results/{arguments.output.name}")
         else:
-            print("kernels/cuda/variant_table.inc stays as it is: this was not the whole grid in float16")
+            print("the tables in kernels/cuda stay as they are: this was not the whole grid")
 
 
 if __name__ == "__main__":

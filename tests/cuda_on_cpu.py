@@ -30,7 +30,9 @@ SCAN: Replaced = {
         ),
     ),
     "cuda/lanes.cuh": (
+        _LAUNCH,
         _ATTRIBUTE,
+        _ERROR,
         (
             r"asm volatile\(\s*\"\{ \.reg \.pred in; \.reg \.f32 d(?s:.*?)\"r\"\(offset\)\);",
             "emulated::ScanStep(decay, state, offset);",
@@ -44,7 +46,16 @@ SCAN: Replaced = {
             "emulated::Launch(kernel, config.gridDim.x, threads, shared, params, shape); return cudaSuccess;",
         ),
     ),
-    "cuda/states.cuh": (_LAUNCH, _ATTRIBUTE, _ERROR),
+    "cuda/carries.cuh": (_LAUNCH, _ERROR),
+    "cuda/states.cuh": (
+        _LAUNCH,
+        _ATTRIBUTE,
+        _ERROR,
+        (
+            r"return cudaLaunchKernelEx\(&config, kernel, params\);",
+            "emulated::Launch(kernel, config.gridDim.x, threads, shared, params); return cudaSuccess;",
+        ),
+    ),
 }
 FUSED: Replaced = {
     **_MATH,

@@ -6,15 +6,19 @@
 namespace vim::cuda {
 namespace {
 
-// Measured points; Choose takes the nearest, of several at one place the first that can run. variant_table.inc is
-// written by `benchmarks/scan.py --tune`, which names the results file it came from there.
+// Measured points; Choose takes the nearest, of several at one place the first that can run. The files are written by
+// `benchmarks/scan.py --tune`, which names the results file they came from there.
 struct Point {
   int64_t rows;  // batch * channels of a pair
   int64_t length;
   vim_scan_variant variant;
 };
-constexpr Point kTable[] = {
+constexpr Point kTable16[] = {
 #include "cuda/variant_table.inc"
+};
+// fp32 has twice the bytes, and decays of twice the instructions.
+constexpr Point kTable32[] = {
+#include "cuda/variant_table_f32.inc"
 };
 
 // Shared memory a block may ask for (CUDA C++ Programming Guide, compute capabilities).
@@ -80,6 +84,7 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
       const int64_t rows = sizes.batch * sizes.channels * (sizes.pair ? 2 : 1);
       if (!sizes.workspace || !IsOneOf(kChunkedInstances, variant) || variant.chunks > StatesSizes::kMostChunks)
         return false;
+      if (sizes.groups != 1 && per_group % StatesSizes::kCarryChannels != 0) return false;
       if (StatesSizes::Workspace(rows, sizes.length, sizes.states) == 0) return false;
     }
     return (sizes.pair ? 2 : 1) * StatesSizes::Bytes(variant.channels, variant.tokens) <= SharedLimit(sm);
@@ -107,10 +112,10 @@ vim_scan_variant Choose(const Sizes& sizes, int sm) {
   const vim_scan_variant generic = {VIM_SCAN_GENERIC, 0, 0, 0, 0, 0, 0, 0};
   vim_scan_variant best = generic;
   double best_distance = INFINITY;
-  for (const Point& point : kTable) {
+  const auto consider = [&](const Point& point) {
     vim_scan_variant variant = point.variant;
     if (!sizes.pair || sm < 90) variant.cluster = 0;
-    if (!CanRun(variant, sizes, sm)) continue;
+    if (!CanRun(variant, sizes, sm)) return;
     // Taking the next measured length costs padding, taking other rows costs balance: neither weighs more.
     const double distance = std::abs(rows - std::log2(static_cast<double>(point.rows))) +
                             std::abs(length - std::log2(static_cast<double>(point.length)));
@@ -118,6 +123,11 @@ vim_scan_variant Choose(const Sizes& sizes, int sm) {
       best_distance = distance;
       best = variant;
     }
+  };
+  if (sizes.element_bytes == 4) {
+    for (const Point& point : kTable32) consider(point);
+  } else {
+    for (const Point& point : kTable16) consider(point);
   }
   if (best.form != VIM_SCAN_GENERIC) return best;
   for (const int channels : {2, 1}) {

@@ -40,6 +40,7 @@ struct Sizes {
   X(16, 12, 64, 2, 1, 1)        \
   X(8, 8, 64, 1, 1, 1)          \
   X(8, 24, 32, 2, 2, 1)         \
+  X(8, 24, 32, 2, 3, 1)         \
   X(4, 16, 32, 2, 1, 3)         \
   X(2, 32, 32, 4, 1, 2)
 
@@ -47,19 +48,27 @@ struct Sizes {
 // them.
 #define VIM_STATES_CHUNKED(X) \
   X(8, 24, 32, 2, 2, 1)       \
-  X(4, 16, 32, 2, 1, 3)
+  X(8, 24, 32, 2, 3, 1)       \
+  X(4, 16, 32, 2, 1, 3)       \
+  X(2, 32, 32, 4, 1, 2)
 
 // Threads, registers and shared memory of the states form.
 struct StatesSizes {
   static constexpr int kMostChunks = 16;
-  // No row of the table cuts more rows (of all directions: Vim-S at batch 1 has 1536), or shorter sequences.
-  static constexpr int64_t kMostChunkedRows = 2048, kLeastChunkedLength = 320;
+  // No row of the table cuts more rows (of all directions: Vim-B at batch 1 has 3072), or shorter sequences.
+  static constexpr int64_t kMostChunkedRows = 4096, kLeastChunkedLength = 320;
   // Bytes in which chunks of these sizes leave what the next ones begin with; 0 where there are to be none.
   static constexpr size_t Workspace(int64_t rows, int64_t length, int64_t states) {
     if (rows > kMostChunkedRows || length < kLeastChunkedLength || states != 16) return 0;
     return static_cast<size_t>(rows) * kMostChunks * 16 * 8;
   }
+  static constexpr int kCarryChannels = 16;  // of a block of the launch that works out what chunks leave
   static constexpr int kPad = 4;  // floats after a row of tokens: eight rows then start in eight groups of four banks
+  // Floats from four channels' tokens to the next four's: so that the helpers' threads, each with four channels of a
+  // token, come to 32 banks, and quads half a block apart are 16 banks apart.
+  static constexpr int QuadPitch(int channels, int tile) {
+    return 4 * (tile + kPad) + (channels <= 8 ? 0 : channels == 16 ? 8 : 4);
+  }
   // Threads of one direction.
   static constexpr int Scanning(int lanes, int channels, int rows) { return lanes * channels / rows; }
   static constexpr int Helping(int channels, int tile, int items) { return tile * channels / 4 / items; }
@@ -71,7 +80,7 @@ struct StatesSizes {
     return (2 * tile + Helping(channels, tile, items) - 1) / Helping(channels, tile, items);
   }
   static constexpr size_t Bytes(int channels, int tile) {  // of one direction
-    return size_t{4} * (2 * (32 + 3 * channels) * (tile + kPad) + 3 * channels);
+    return size_t{4} * (2 * (32 * (tile + kPad) + 3 * channels / 4 * QuadPitch(channels, tile)) + 3 * channels);
   }
 };
 

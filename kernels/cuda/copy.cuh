@@ -36,6 +36,21 @@ __device__ __forceinline__ void CopyWait() {
 #endif
 }
 
+// Ends a group of copies.
+__device__ __forceinline__ void CopyCommit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// All groups of this thread but the last kPending are done; a barrier must follow as well.
+template <int kPending>
+__device__ __forceinline__ void CopyWaitBut() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 }  // namespace vim::cuda
 
 #endif  // VIM_KERNELS_CUDA_COPY_CUH_

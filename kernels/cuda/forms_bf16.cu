@@ -7,5 +7,5 @@ namespace vim::cuda {
 template cudaError_t LaunchGeneric<__nv_bfloat16>(const Params&, cudaStream_t);
 template cudaError_t LaunchLanes<__nv_bfloat16>(const Params&, const vim_scan_variant&, cudaStream_t);
 template cudaError_t LaunchSequential<__nv_bfloat16>(const Params&, int, cudaStream_t);
-template cudaError_t LaunchStates<__nv_bfloat16>(const Params&, const vim_scan_variant&, cudaStream_t);
+template cudaError_t LaunchStates<__nv_bfloat16>(const Params&, const vim_scan_variant&, int, cudaStream_t);
 }  // namespace vim::cuda

@@ -7,5 +7,5 @@ namespace vim::cuda {
 template cudaError_t LaunchGeneric<__half>(const Params&, cudaStream_t);
 template cudaError_t LaunchLanes<__half>(const Params&, const vim_scan_variant&, cudaStream_t);
 template cudaError_t LaunchSequential<__half>(const Params&, int, cudaStream_t);
-template cudaError_t LaunchStates<__half>(const Params&, const vim_scan_variant&, cudaStream_t);
+template cudaError_t LaunchStates<__half>(const Params&, const vim_scan_variant&, int, cudaStream_t);
 }  // namespace vim::cuda

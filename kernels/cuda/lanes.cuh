@@ -416,20 +416,24 @@ cudaError_t LaunchLanesAs(const Params& params, const LaneShape& shape, cudaStre
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  cudaLaunchAttribute cluster;
+#if CUDART_VERSION >= 11080  // those before know no card that has clusters
   if (shape.cluster) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute cluster = {};
     cluster.id = cudaLaunchAttributeClusterDimension;
     cluster.val.clusterDim.x = 2;
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
     config.attrs = &cluster;
     config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params, shape);
   }
-  return cudaLaunchKernelEx(&config, kernel, params, shape);
+#endif
+  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params, shape);
+  return cudaGetLastError();
 }
 
 template <typename IO>

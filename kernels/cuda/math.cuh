@@ -4,10 +4,18 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
+#if CUDART_VERSION < 11070  // JetPack 5 has 11.4; only speed hangs on it
+#undef __grid_constant__
+#define __grid_constant__
+#endif
+
 namespace vim::cuda {
+
+__device__ __forceinline__ float At(const float4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 // Four rows of four, transposed into four rows `pitch` floats apart.
 __device__ __forceinline__ void StoreTransposed(float* to, int pitch, const float4 (&rows)[4]) {

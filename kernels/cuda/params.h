@@ -57,7 +57,7 @@ cudaError_t LaunchSequential(const Params& params, int channels_per_thread, cuda
 template <typename IO>
 cudaError_t LaunchLanes(const Params& params, const vim_scan_variant& variant, cudaStream_t stream);
 template <typename IO>
-cudaError_t LaunchStates(const Params& params, const vim_scan_variant& variant, cudaStream_t stream);
+cudaError_t LaunchStates(const Params& params, const vim_scan_variant& variant, int sm, cudaStream_t stream);
 template <typename IO>
 cudaError_t LaunchGeneric(const Params& params, cudaStream_t stream);
 

@@ -155,14 +155,14 @@ cudaError_t CurrentSm(int* sm) {
 }
 
 template <typename IO>
-cudaError_t LaunchForm(const Params& params, const vim_scan_variant& variant, cudaStream_t stream) {
+cudaError_t LaunchForm(const Params& params, const vim_scan_variant& variant, int sm, cudaStream_t stream) {
   switch (variant.form) {
     case VIM_SCAN_SEQUENTIAL:
       return vim::cuda::LaunchSequential<IO>(params, variant.channels, stream);
     case VIM_SCAN_LANES:
       return vim::cuda::LaunchLanes<IO>(params, variant, stream);
     case VIM_SCAN_STATES:
-      return vim::cuda::LaunchStates<IO>(params, variant, stream);
+      return vim::cuda::LaunchStates<IO>(params, variant, sm, stream);
     default:
       return vim::cuda::LaunchGeneric<IO>(params, stream);
   }
@@ -186,11 +186,11 @@ vim_status Run(Geometry geometry, Params params, int32_t io, const vim_scan_vari
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   switch (io) {
     case VIM_F32:
-      return vim::cuda::StatusOf(LaunchForm<float>(params, variant, cuda_stream));
+      return vim::cuda::StatusOf(LaunchForm<float>(params, variant, sm, cuda_stream));
     case VIM_F16:
-      return vim::cuda::StatusOf(LaunchForm<__half>(params, variant, cuda_stream));
+      return vim::cuda::StatusOf(LaunchForm<__half>(params, variant, sm, cuda_stream));
     default:
-      return vim::cuda::StatusOf(LaunchForm<__nv_bfloat16>(params, variant, cuda_stream));
+      return vim::cuda::StatusOf(LaunchForm<__nv_bfloat16>(params, variant, sm, cuda_stream));
   }
 }
 

@@ -3,7 +3,7 @@
 // A row is one channel of one direction. kLanes lanes walk its tokens side by side, each with 16 / kLanes of the states
 // in registers: five instructions a state and token, the least there is, and a chain of one FMA a token. The lanes'
 // parts of y are summed kLanes tokens at a time by a reduction that leaves each lane one token's sum (kLanes - 1
-// shuffles). A lane may walk two rows at once (kRows), which share the B and C it reads.
+// shuffles). A lane may walk several rows at once (kRows), which share the B and C it reads.
 //
 // Everything that is not the recurrence is done by helper warps of the same block, a tile ahead or a tile behind: B and
 // C to fp32 and transposed, Delta through its softplus, Delta u; then D u, the partner's part, the gate and the
@@ -16,25 +16,21 @@
 // A pair is two directions in one block. They walk the same tiles from opposite ends: whoever meets a tile first leaves
 // its part in y, the other adds, gates and finishes it.
 //
-// A long sequence of few rows leaves most of a card idle, and each block alone on its SM with its waits. Then the
-// sequence is cut into chunks, which two launches take side by side:
-//
-//   kCarry   the states that each chunk ends with if it begins with none, and by how much it lets others decay
-//   kResume  from those of the chunks before, what a chunk begins with; then the scan of it
-//
-// The first is most of the recurrence again, without y; where there are rows enough there is only kWhole.
+// A long sequence of few rows leaves most of a card idle, and each block alone on its SM with its waits. Then it is cut
+// into chunks, which are scanned side by side: carries.cuh works out what each makes of the states it begins with, and
+// a block begins with what those before its own make of none (kResumes).
 #ifndef VIM_KERNELS_CUDA_STATES_CUH_
 #define VIM_KERNELS_CUDA_STATES_CUH_
 
 #include <type_traits>
 
+#include "cuda/carries.cuh"
 #include "cuda/choose_variant.h"
 #include "cuda/math.cuh"
 #include "cuda/params.h"
+#include "cuda/warp.cuh"
 
 namespace vim::cuda {
-
-enum Pass { kWhole, kCarry, kResume };
 
 // Some tokens of a sequence, and where their block leaves or finds what chunks carry over.
 struct Chunk {
@@ -49,12 +45,13 @@ struct Chunk {
 template <int kChannels, int kTile, int kItems>
 struct alignas(16) StatesShared {
   static constexpr int kPitch = kTile + StatesSizes::kPad;
+  static constexpr int kQuads = kChannels / 4, kQuadPitch = StatesSizes::QuadPitch(kChannels, kTile);
   static constexpr int kHelpers = StatesSizes::Helping(kChannels, kTile, kItems);
   static constexpr int kStateItems = StatesSizes::StateItems(kChannels, kTile, kItems);
   float states[2][2 * kStates][kPitch];  // B, then C
-  float step[2][kChannels][kPitch];      // Delta
-  float gain[2][kChannels][kPitch];      // Delta u
-  float out[2][kChannels][kPitch];
+  float step[2][kQuads][kQuadPitch];     // Delta, of four channels each
+  float gain[2][kQuads][kQuadPitch];     // Delta u
+  float out[2][kQuads][kQuadPitch];
   float skip[kChannels], bias[kChannels], scale[kChannels];  // D, Delta's bias, y's scale
 };
 
@@ -69,20 +66,30 @@ __device__ __forceinline__ T Keep(T x) {
   return x;
 }
 
-__device__ __forceinline__ float At(const float4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+// A scanning lane's place in its warp, of rows by parts of a row's states.
+//
+// A load of 16 bytes takes a warp four turns, or two if in each half of the warp lanes i and i ^ 1 ask for the same, or
+// lanes i and i ^ 2, and the half's other addresses are in other banks. Lanes i and i ^ 1 share a row, so Delta and
+// Delta u take two; i and i ^ 2 share the states, so B and C do.
+template <int kLanes>
+struct LanePlace {
+  static constexpr int kRows = 32 / kLanes;
+  int row, part;
+  __device__ __forceinline__ explicit LanePlace(int lane)
+      : row(lane / 2 % kRows), part(lane % 2 + lane / (2 * kRows) * 2) {}
+  // How far apart lanes are whose parts differ by `parts`, a power of two.
+  static constexpr __device__ int Apart(int parts) { return parts == 1 ? 1 : parts * kRows; }
+};
 
-// One round of summing over the lanes of a row, `stride` lanes apart: of y[0 .. 2 half) each lane keeps the half that
-// `part`, its place among the lanes, falls into. After all rounds it has one token's sum.
-template <int kMost>
-__device__ __forceinline__ void HalveSum(float* y, int half, int stride, int part) {
-  const bool upper = part & half;
-#pragma unroll
-  for (int i = 0; i < kMost; ++i) {
-    if (i >= half) break;
-    const float send = upper ? y[i] : y[i + half];
-    const float keep = upper ? y[i + half] : y[i];
-    y[i] = keep + __shfl_xor_sync(0xffffffffu, send, half * stride);
-  }
+// The channel of a block that row `row` of scanning warp `warp` is. Where eight rows meet in half a warp, they are two
+// quads half the block apart: those begin in banks apart.
+template <int kLanes, int kChannels, int kRows>
+__device__ __forceinline__ int ChannelOf(int warp, int row) {
+  constexpr int kRowsPerWarp = 32 / kLanes;
+  static_assert(kRows == 1 || kRowsPerWarp == 4, "the rows of a lane are a quad apart");
+  if (kRowsPerWarp < 8) return warp * kRowsPerWarp * kRows + row;
+  const int pair = warp * (kRowsPerWarp / 8) + row / 8;
+  return (pair + row / 4 % 2 * (kChannels / 8)) * 4 + row % 4;
 }
 
 // The scanning warps' part. `thread` counts within the direction.
@@ -90,11 +97,10 @@ __device__ __forceinline__ void HalveSum(float* y, int half, int stride, int par
 // A warp may be alone on its quarter of the SM, so what takes long is asked for ahead: four tokens are loaded and their
 // decays computed while others are scanned, and a group's sums are gathered a round at a time during the next group.
 // (A store to shared memory also keeps the compiler from moving later loads before it.)
-template <typename IO, int kLanes, int kTile, int kRows, Pass kPass, typename Shared>
+template <typename IO, int kLanes, int kChannels, int kTile, int kRows, bool kResumes, typename Shared>
 __device__ __forceinline__ void ScanTiles(const Direction& direction, bool reverse, int channels, Shared& shared,
                                           int thread, int first_channel, const Chunk& chunk, int middle) {
   const int tiles = chunk.tiles;
-  constexpr int kRowsPerWarp = 32 / kLanes;
   constexpr int kOwn = kStates / kLanes;           // states a lane
   constexpr int kGroup = kLanes < 4 ? 4 : kLanes;  // tokens whose parts of y are held
   constexpr int kQuads = kGroup / 4;
@@ -102,30 +108,33 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
   constexpr int kRoundsPerQuad = (kRounds + kQuads - 1) / kQuads;
   constexpr bool kDeep = kOwn <= 2;  // else it would take too many registers, and there are more warps
   constexpr bool kFloat32 = std::is_same_v<IO, float>;
+  constexpr int kHeld = kGroup / kLanes;  // tokens of a group that a lane has after all rounds
   static_assert(kTile % kGroup == 0 && (1 << kRounds) == kLanes);
-  const int lane = threadIdx.x & 31;
-  // The rows of a warp are interleaved: neighbours read the same B and C.
-  const int first_row = thread / 32 * kRowsPerWarp * kRows + lane % kRowsPerWarp;  // then every kRowsPerWarp-th
-  const int part = lane / kRowsPerWarp;
+  const LanePlace<kLanes> place(threadIdx.x & 31);
+  const int part = place.part;
+  const int first_row = ChannelOf<kLanes, kChannels, kRows>(thread / 32, place.row);  // then every fourth
+  auto channel_of = [&](int r) { return int64_t{min(first_channel + first_row + 4 * r, channels - 1)}; };
 
-  float A[kRows][kOwn], state[kRows][kOwn];
+  float A[kRows][kOwn], state[kRows][kOwn] = {};
 #pragma unroll
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t channel = min(first_channel + first_row + r * kRowsPerWarp, channels - 1);
+  for (int r = 0; r < kRows; ++r)
 #pragma unroll
-    for (int m = 0; m < kOwn; ++m) {
-      A[r][m] = direction.A[channel * kStates + part + m * kLanes] * kLog2e;
-      state[r][m] = 0.0f;
-      if (kPass == kResume) {
-        const Carry* const carries = chunk.carries + channel * kStates + part + m * kLanes;
-        for (int i = 0; i < (reverse ? chunk.count - 1 - chunk.index : chunk.index); ++i) {
-          const Carry before = carries[int64_t{reverse ? chunk.count - 1 - i : i} * channels * kStates];
-          state[r][m] = fmaf(before.decay, state[r][m], before.state);
+    for (int m = 0; m < kOwn; ++m) A[r][m] = direction.A[channel_of(r) * kStates + part + m * kLanes] * kLog2e;
+  if constexpr (kResumes) {
+    WaitForLaunchBefore();
+    const int64_t next = (reverse ? -1 : 1) * int64_t{channels} * kStates;
+    const Carry* before = chunk.carries + (reverse ? chunk.count - 1 : 0) * int64_t{channels} * kStates + part;
+    for (int i = reverse ? chunk.count - 1 - chunk.index : chunk.index; i > 0; --i, before += next) {
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+        for (int m = 0; m < kOwn; ++m) {
+          const Carry carry = before[channel_of(r) * kStates + m * kLanes];
+          state[r][m] = fmaf(carry.decay, state[r][m], carry.state);
         }
       }
     }
   }
-  float passed[kRows] = {};  // kCarry: the sum of Delta
 
   struct Loaded {
     float4 step[kRows], gain[kRows], b[kOwn], c[kOwn];
@@ -159,37 +168,31 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
   for (int walk = 0; walk <= tiles; ++walk) {
     if (walk < tiles) {
       const int buffer = walk & 1;
-      const float* const steps = shared.step[buffer][first_row];
-      const float* const gains = shared.gain[buffer][first_row];
-      float* const out = shared.out[buffer][first_row];
-      constexpr int kNextRow = kRowsPerWarp * shared.kPitch;
+      const int row = first_row % 4 * shared.kPitch;
+      const float* const steps = shared.step[buffer][first_row / 4] + row;
+      const float* const gains = shared.gain[buffer][first_row / 4] + row;
+      float* const out = shared.out[buffer][first_row / 4] + row + part * kHeld;
       const float* const states = shared.states[buffer][part];
       auto load = [&](int from) {
         Loaded to;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
-          to.step[r] = *reinterpret_cast<const float4*>(steps + r * kNextRow + from);
-          to.gain[r] = *reinterpret_cast<const float4*>(gains + r * kNextRow + from);
+          to.step[r] = *reinterpret_cast<const float4*>(steps + r * shared.kQuadPitch + from);
+          to.gain[r] = *reinterpret_cast<const float4*>(gains + r * shared.kQuadPitch + from);
         }
 #pragma unroll
         for (int m = 0; m < kOwn; ++m) {
           to.b[m] = *reinterpret_cast<const float4*>(states + m * kLanes * shared.kPitch + from);
-          if (kPass != kCarry)
-            to.c[m] = *reinterpret_cast<const float4*>(states + (kStates + m * kLanes) * shared.kPitch + from);
-        }
-        if (kPass == kCarry) {
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) passed[r] += (to.step[r].x + to.step[r].y) + (to.step[r].z + to.step[r].w);
+          to.c[m] = *reinterpret_cast<const float4*>(states + (kStates + m * kLanes) * shared.kPitch + from);
         }
         return to;
       };
       float y[kRows][kGroup], held[kRows][kGroup];
       auto round = [&](int step) {
+        const int parts = kLanes >> (step + 1);
 #pragma unroll
         for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int token = 0; token < kGroup; token += kLanes)
-            HalveSum<kLanes / 2>(held[r] + token, kLanes >> (step + 1), kRowsPerWarp, part);
+          HalveSum<kGroup / 2>(held[r], kGroup >> (step + 1), place.Apart(parts), part & parts);
       };
       auto scan = [&](const Ready& now, float (*sums)[kGroup], int first) {
 #pragma unroll
@@ -200,7 +203,6 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
             for (int r = 0; r < kRows; ++r) {
               float& sum = sums[r][first + t];
               state[r][m] = fmaf(now.decay[r][m][t], state[r][m], now.add[r][m][t]);
-              if (kPass == kCarry) continue;
               sum = m == 0 ? At(now.c[m], t) * state[r][m] : fmaf(At(now.c[m], t), state[r][m], sum);
             }
           }
@@ -208,10 +210,13 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
       };
       auto store = [&](int group) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r)
-#pragma unroll
-          for (int token = 0; token < kGroup; token += kLanes)
-            out[r * kNextRow + group + token + part] = held[r][token];
+        for (int r = 0; r < kRows; ++r) {
+          float* const to = out + r * shared.kQuadPitch + group;
+          if constexpr (kHeld == 2)
+            *reinterpret_cast<float2*>(to) = make_float2(held[r][0], held[r][1]);
+          else
+            *to = held[r][0];
+        }
       };
       auto gather = [&](int group) {
 #pragma unroll
@@ -225,15 +230,7 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
           for (int i = 0; i < kGroup; ++i) held[r][i] = y[r][i];
       };
 
-      if constexpr (kPass == kCarry) {
-        Loaded loaded = load(0);
-#pragma unroll
-        for (int from = 0; from < kTile; from += 4) {
-          const Ready now = transform(loaded);
-          if (from + 4 < kTile) loaded = load(from + 4);
-          scan(now, y, 0);
-        }
-      } else if constexpr (kDeep) {
+      if constexpr (kDeep) {
         Ready ready = transform(load(0));
         Loaded loaded = load(4);
 #pragma unroll
@@ -253,40 +250,23 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
         }
         gather(kTile - kGroup);
       } else {
-        // Of two rows a lane there are too few warps to wait for what is loaded, and no registers for sums not
-        // gathered.
-        Loaded loaded = load(0);
 #pragma unroll
         for (int from = 0; from < kTile; from += 4) {
-          const Ready now = transform(kRows == 1 && from > 0 ? load(from) : loaded);
-          if (kRows > 1 && from + 4 < kTile) loaded = load(from + 4);
-          if (kRows == 1 && from > 0) gather(from - 4);
-          scan(now, kRows == 1 ? y : held, 0);
-          if (kRows == 1)
-            keep();
-          else
-            gather(from);
+          const Ready now = transform(load(from));
+          if (from > 0) gather(from - 4);
+          scan(now, y, 0);
+          keep();
         }
-        if (kRows == 1) gather(kTile - 4);
+        gather(kTile - 4);
       }
     }
     if (walk == middle + 1) __syncthreads();
     __syncthreads();
   }
-  if constexpr (kPass == kCarry) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int channel = first_channel + first_row + r * kRowsPerWarp;
-      if (channel >= channels) continue;
-      Carry* const to = chunk.carries + (int64_t{chunk.index} * channels + channel) * kStates + part;
-#pragma unroll
-      for (int m = 0; m < kOwn; ++m) to[m * kLanes] = {state[r][m], Exp2(A[r][m] * passed[r])};
-    }
-  }
 }
 
 // The helpers' part: kItems times four channels of a token, and kStateItems times four states of four tokens, a thread.
-template <typename IO, int kChannels, int kTile, int kItems, Pass kPass>
+template <typename IO, int kChannels, int kTile, int kItems>
 __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Direction& direction, bool reverse,
                                                  StatesShared<kChannels, kTile, kItems>& shared, int thread,
                                                  int first_channel, const Chunk& chunk, int middle) {
@@ -320,12 +300,9 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   // tile.
   const int tail = chunk.length - (tiles - 1) * kTile;
   const int ragged = Keep(tail == kTile ? -1 : reverse ? 0 : tiles - 1);
-  auto four_of = [&](int j) { return (thread + j * kThreads) / 8 % 8; };
-  auto states_row = [&](int j) { return ((thread + j * kThreads) / 64 * 8 + thread % 8) * 4; };
-  auto has_states = [&](int j) {
-    if (kPass == kCarry && four_of(j) >= 4) return false;  // C
-    return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile;
-  };
+  auto four_of = [&](int j) { return (thread + j * kThreads) / 4 % 8; };
+  auto states_row = [&](int j) { return ((thread + j * kThreads) / 32 * 4 + thread % 4) * 4; };
+  auto has_states = [&](int j) { return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile; };
   auto in_ragged = [&](int row) { return reverse ? row >= kTile - tail : row < tail; };
   uint32_t own_rows = 0, own_states = 0;
 #pragma unroll
@@ -420,8 +397,8 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
       for (int e = 0; e < 4; ++e) step[j][e] = At(delta4, e) + At(bias, e);
     }
     if (p.delta_softplus) SoftplusEach<kFloat32, 4 * kItems>(&step[0][0]);
-    float* const steps = &shared.step[buffer][piece][first_row];
-    float* const gains = &shared.gain[buffer][piece][first_row];
+    float* const steps = &shared.step[buffer][piece / 4][first_row];
+    float* const gains = &shared.gain[buffer][piece / 4][first_row];
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
       const float4 u4 = E::ToFloat4(early_u[j]);
@@ -453,7 +430,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   };
   auto finish = [&](int walk, uint32_t rows) {
     const float4 skip = *reinterpret_cast<const float4*>(&shared.skip[piece]);
-    const float* const sums = &shared.out[walk & 1][piece][first_row];
+    const float* const sums = &shared.out[walk & 1][piece / 4][first_row];
     float value[kItems][4];
 #pragma unroll
     for (int j = 0; j < kItems; ++j) {
@@ -501,12 +478,6 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   __syncthreads();
 #pragma unroll 1
   for (int walk = 0; walk <= tiles; ++walk) {
-    if constexpr (kPass == kCarry) {
-      if (walk + 1 < tiles) prepare(walk + 1);
-      load_early(walk + 2);
-      __syncthreads();
-      continue;
-    }
     const int done = walk - 1;
     const uint32_t rows = done == ragged ? own_rows : all_rows;
     const bool meets = done == middle;
@@ -534,7 +505,7 @@ struct StatesThreads {  // a class, where nvcc computes host constants that a ke
   static_assert(kScanning % 32 == 0, "whole warps");
 };
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, Pass kPass>
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, bool kResumes>
 __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
   using Shared = StatesShared<kChannels, kTile, kItems>;
@@ -545,7 +516,7 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   const int channel_blocks = (p.channels + kChannels - 1) / kChannels;
   const int first_channel = blockIdx.x % channel_blocks * kChannels;
   Chunk chunk = {blockIdx.x / channel_blocks, 0, p.length, 0, 0, 1, nullptr};
-  if (kPass != kWhole) {
+  if (kResumes) {
     chunk.count = p.chunks;
     chunk.index = static_cast<int>(chunk.batch % p.chunks);
     chunk.batch /= p.chunks;
@@ -555,47 +526,65 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
   }
   chunk.tiles = (chunk.length + kTile - 1) / kTile;
   // The tile both directions come to at the same step, or none.
-  const int middle = Keep(kPass != kCarry && p.pair && chunk.tiles % 2 == 1 ? chunk.tiles / 2 : -2);
+  const int middle = Keep(p.pair && chunk.tiles % 2 == 1 ? chunk.tiles / 2 : -2);
 
   const int scanning = kScanning << p.pair;
   const int thread = threadIdx.x;
   if (thread < scanning) {
     const int side = Keep(static_cast<int>(thread >= kScanning));
     const bool reverse = (p.pair ? side : p.reverse) != 0;
-    if (kPass != kWhole) chunk.carries += int64_t{side} * p.chunks * p.channels * kStates;
-    ScanTiles<IO, kLanes, kTile, kRows, kPass>(p.direction[side], reverse, p.channels, shared[side],
-                                               Keep(thread - side * kScanning), first_channel, chunk, middle);
+    const int own = Keep(thread - side * kScanning);
+    if (kResumes) chunk.carries += int64_t{side} * p.chunks * p.channels * kStates;
+    ScanTiles<IO, kLanes, kChannels, kTile, kRows, kResumes>(p.direction[side], reverse, p.channels, shared[side],
+                                                             Keep(thread - side * kScanning), first_channel, chunk,
+                                                             middle);
   } else {
     const int side = Keep(static_cast<int>(thread - scanning >= kHelping));
     const int helper = Keep(thread - scanning - side * kHelping);
     const bool reverse = Keep(p.pair ? side : p.reverse) != 0;
-    PrepareAndFinish<IO, kChannels, kTile, kItems, kPass>(p, p.direction[side], reverse, shared[side], helper,
-                                                          first_channel, chunk, middle);
+    PrepareAndFinish<IO, kChannels, kTile, kItems>(p, p.direction[side], reverse, shared[side], helper, first_channel,
+                                                   chunk, middle);
   }
 }
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, Pass kPass>
-cudaError_t LaunchStatesAs(const Params& params, cudaStream_t stream) {
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, bool kResumes>
+cudaError_t LaunchStatesAs(const Params& params, int sm, cudaStream_t stream) {
   const int directions = params.pair ? 2 : 1;
   constexpr size_t kBytes = StatesSizes::Bytes(kChannels, kTile);
   static_assert(sizeof(StatesShared<kChannels, kTile, kItems>) == kBytes, "one formula");
   const size_t shared = directions * kBytes;
   const int64_t blocks =
-      int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (kPass == kWhole ? 1 : params.chunks);
+      int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (kResumes ? params.chunks : 1);
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kPass>;
+  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kResumes>;
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     if (error != cudaSuccess) return error;
   }
   const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, directions);
+#if CUDART_VERSION >= 11080  // those before know no card that can
+  if (kResumes && sm >= 90) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = static_cast<unsigned>(blocks);
+    config.blockDim = static_cast<unsigned>(threads);
+    config.dynamicSmemBytes = shared;
+    config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, params);
+  }
+#endif
   kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params);
   return cudaGetLastError();
 }
 
+// `sm` is the device's compute capability, as Choose has it.
 template <typename IO>
-cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, cudaStream_t stream) {
+cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, int sm, cudaStream_t stream) {
   Params params = given;
   auto is = [&](int lanes, int channels, int tile, int items, int rows) {
     return variant.lanes == lanes && variant.channels == channels && variant.tokens == tile && variant.split == items &&
@@ -606,20 +595,18 @@ cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, c
   params.chunk_tokens = chunk_tiles * variant.tokens;
   params.chunks = (tiles + chunk_tiles - 1) / chunk_tiles;  // none is empty
   if (variant.chunks > 1 && params.chunks > 1) {
-#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_)                                      \
-  if (is(lanes_, channels_, tile_, items_, rows_)) {                                                      \
-    const cudaError_t error =                                                                             \
-        LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kCarry>(params, stream);     \
-    if (error != cudaSuccess) return error;                                                               \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kResume>(params, stream); \
-  }
+    const cudaError_t error = LaunchCarries<IO>(params, stream);
+    if (error != cudaSuccess) return error;
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_) \
+  if (is(lanes_, channels_, tile_, items_, rows_))                   \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, true>(params, sm, stream);
     VIM_STATES_CHUNKED(VIM_STATES)
 #undef VIM_STATES
     return cudaErrorInvalidValue;
   }
 #define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_) \
   if (is(lanes_, channels_, tile_, items_, rows_))                   \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, kWhole>(params, stream);
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, false>(params, sm, stream);
   VIM_STATES_INSTANCES(VIM_STATES)
 #undef VIM_STATES
   return cudaErrorInvalidValue;

@@ -15,6 +15,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -89,6 +90,12 @@ class Block {
 
   // What lane `from` of this warp gives in the same exchange; the caller's own where there is no such lane.
   float Exchange(float value, int from) {
+    const std::array<float, 32> all = Gather(value);
+    return from < 0 ? value : all[from];
+  }
+
+  // What every lane of this warp gives.
+  std::array<float, 32> Gather(float value) {
     Warp& warp = warps_[current_ / 32];
     const unsigned turn = fibers_[current_].exchanges++ & 1;
     warp.values[turn][Lane()] = value;
@@ -98,7 +105,7 @@ class Block {
       warp.waiting.clear();
     }
     Yield();
-    return from < 0 ? value : warp.values[turn][from];
+    return warp.values[turn];
   }
 
   int Lane() const { return static_cast<int>(current_ % 32); }
@@ -113,7 +120,7 @@ class Block {
     bool done = false;
   };
   struct Warp {
-    float values[2][32];
+    std::array<float, 32> values[2];
     std::vector<unsigned> waiting;
   };
 
@@ -171,11 +178,22 @@ inline void __syncthreads() { emulated::Block::running->WaitFor(0); }
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   return emulated::Block::running->Exchange(value, emulated::Block::running->Lane() ^ mask);
 }
+inline float __shfl_up_sync(unsigned, float value, int offset) {
+  return emulated::Block::running->Exchange(value, emulated::Block::running->Lane() - offset);
+}
+inline float __shfl_sync(unsigned, float value, int from) { return emulated::Block::running->Exchange(value, from); }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  const auto all = emulated::Block::running->Gather(value ? 1.0f : 0.0f);
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < 32; ++lane) bits |= unsigned{all[lane] != 0.0f} << lane;
+  return bits;
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+using std::max;
 using std::min;
 
 #endif  // VIM_TESTS_CUDA_ON_CPU_H_

@@ -16,7 +16,7 @@ cudaError_t Launch(const vim::cuda::Params& params, const vim_scan_variant& vari
     case VIM_SCAN_LANES:
       return vim::cuda::LaunchLanes<IO>(params, variant, nullptr);
     case VIM_SCAN_STATES:
-      return vim::cuda::LaunchStates<IO>(params, variant, nullptr);
+      return vim::cuda::LaunchStates<IO>(params, variant, 90, nullptr);
     default:
       return vim::cuda::LaunchGeneric<IO>(params, nullptr);
   }

@@ -53,7 +53,9 @@ def states(lanes: int, channels: int, tile: int, items: int, rows: int, chunks: 
 
 
 STATES_VARIANTS = [states(*each[:5]) for each in instances("VIM_STATES_INSTANCES")]
-STATES_VARIANTS += [states(*each[:5], chunks) for each in instances("VIM_STATES_CHUNKED") for chunks in (2, 4, 8, 16)]
+STATES_VARIANTS += [
+    states(*each[:5], chunks) for each in instances("VIM_STATES_CHUNKED") for chunks in (2, 4, 5, 8, 11, 16)
+]
 INSTANCES = [(w, t, c) for t, w, c in instances("VIM_LANES_INSTANCES")]  # (lanes, tokens, channels)
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]
 PAIR_VARIANTS = [sequential(1), sequential(2)]

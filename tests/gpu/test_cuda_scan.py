@@ -250,16 +250,16 @@ def test_graph_capture_and_repeat(generator):
             assert torch.equal(y, first), str(variant)
 
 
-def test_choice_of_variant():
+@pytest.mark.parametrize(("dtype", "table"), [(torch.float16, "variant_table"), (torch.float32, "variant_table_f32")])
+def test_choice_of_variant(dtype, table):
     """Every measured point gets the variant measured fastest there; every SM has a fast form for Vim's sizes."""
-    points = re.findall(
-        r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (lib.ROOT / "kernels/cuda/variant_table.inc").read_text(), re.M
-    )
+    points = re.findall(r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (lib.ROOT / f"kernels/cuda/{table}.inc").read_text(), re.M)
     assert len(points) > 20
 
     def chosen(batch, length, channels, sm, pair=True):
         desc = (lib._BiDesc if pair else lib._Desc)()
-        desc.batch, desc.length, desc.channels, desc.states, desc.groups, desc.io = batch, length, channels, 16, 1, 1
+        desc.batch, desc.length, desc.channels, desc.states, desc.groups = batch, length, channels, 16, 1
+        desc.io = lib.IO[dtype]
         prefix = "vim_bi_selective_scan" if pair else "vim_selective_scan"
         arguments = (ctypes.byref(desc), *map(ctypes.c_int64, (44, 0))) if pair else (ctypes.byref(desc),)
         getattr(lib.library(), f"{prefix}_contiguous")(*arguments)

@@ -15,7 +15,15 @@ ROOT = Path(__file__).resolve().parents[2]
 GENERIC, SEQUENTIAL, LANES, STATES = range(4)
 CHUNKS = 7  # where a variant says in how many
 SMS = (75, 80, 86, 87, 89, 90, 100, 120)
-POINTS = re.findall(r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (ROOT / "kernels/cuda/variant_table.inc").read_text(), re.M)
+#: (dtype, batch * channels, length, fields) of both tables, in their order
+TABLES = {"float16": "variant_table.inc", "float32": "variant_table_f32.inc"}
+POINTS = [
+    (dtype, int(rows), int(length), tuple(map(int, fields.split(","))))
+    for dtype, name in TABLES.items()
+    for rows, length, fields in re.findall(
+        r"^\{(\d+), (\d+), \{([\d, ]+)\}\}", (ROOT / "kernels/cuda" / name).read_text(), re.M
+    )
+]
 
 
 class Sizes(ctypes.Structure):
@@ -62,31 +70,34 @@ def choose(library: ctypes.CDLL, wanted: Sizes, sm: int = 90) -> tuple[int, ...]
     return tuple(chosen)
 
 
-def test_the_table_covers_a_grid() -> None:
-    rows, lengths = {int(rows) for rows, _, _ in POINTS}, {int(length) for _, length, _ in POINTS}
-    assert len({(rows, length) for rows, length, _ in POINTS}) == len(rows) * len(lengths) >= 40
+@pytest.mark.parametrize("dtype", TABLES)
+def test_the_table_covers_a_grid(dtype: str) -> None:
+    points = {(rows, length) for each, rows, length, _ in POINTS if each == dtype}
+    assert len(points) == len({rows for rows, _ in points}) * len({length for _, length in points}) >= 40
 
 
-def test_the_table_is_what_was_measured() -> None:
+def test_the_tables_are_what_was_measured() -> None:
     """The fastest at each point and, where that one is cut, the fastest that is not."""
-    listed: dict[tuple[int, int], list[list[int]]] = {}
-    for rows, length, fields in POINTS:
-        listed.setdefault((int(rows), int(length)), []).append([int(field) for field in fields.split(",")])
-    for row in json.loads((ROOT / "benchmarks/results/scan-tune-h200.json").read_text())["tune"]:
+    listed: dict[tuple[str, int, int], list[list[int]]] = {}
+    for dtype, rows, length, fields in POINTS:
+        listed.setdefault((dtype, rows, length), []).append(list(fields))
+    measured = json.loads((ROOT / "benchmarks/results/scan-tune-h200.json").read_text())["tune"]
+    assert {row["dtype"] for row in measured} == set(TABLES)
+    for row in measured:
         fastest = [fields for fields, _ in sorted(row["us"], key=lambda entry: entry[1])]
         whole = [fields for fields in fastest if fields[CHUNKS] <= 1]
         wanted = fastest[:1] if fastest[0] == whole[0] else [fastest[0], whole[0]]
-        assert listed[row["rows"], row["length"]] == wanted
+        assert listed[row["dtype"], row["rows"], row["length"]] == wanted
 
 
-@pytest.mark.parametrize(("rows", "length", "fields"), POINTS)
+@pytest.mark.parametrize(("dtype", "rows", "length", "fastest"), POINTS)
 def test_every_measured_point_gets_what_was_fastest_there(
-    library: ctypes.CDLL, rows: str, length: str, fields: str
+    library: ctypes.CDLL, dtype: str, rows: int, length: int, fastest: tuple[int, ...]
 ) -> None:
     """With a workspace or, where that one needs it, without; every entry of the table is compiled and fits an H100."""
-    channels, fastest = 384 if int(rows) % 768 else 768, tuple(map(int, fields.split(",")))
-    cut = next(each for each in POINTS if each[:2] == (rows, length))[2] != fields
-    wanted = sizes(int(rows) // channels, int(length), channels, workspace=not cut)
+    channels, element_bytes = 768 if rows % 768 == 0 else 384, 4 if dtype == "float32" else 2
+    cut = next(each for each in POINTS if each[:3] == (dtype, rows, length))[3] != fastest
+    wanted = sizes(rows // channels, length, channels, workspace=not cut, element_bytes=element_bytes)
     assert choose(library, wanted) == fastest and not (cut and fastest[CHUNKS] > 1)
 
 
@@ -128,7 +139,7 @@ def test_a_block_of_channels_stays_within_a_group(library: ctypes.CDLL) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "channels", "cut"), [(1, 384, True), (1, 768, True), (1, 1536, False), (8, 384, False)]
+    ("batch", "channels", "cut"), [(1, 384, True), (1, 768, True), (1, 1536, True), (8, 384, False)]
 )
 def test_long_sequences_of_few_rows_are_cut(library: ctypes.CDLL, batch: int, channels: int, cut: bool) -> None:
     wanted = sizes(batch, 6085, channels)
@@ -151,7 +162,8 @@ def test_what_is_cut_has_a_workspace(library: ctypes.CDLL) -> None:
     ("change", "can"),
     [
         ({}, True),
-        ({"batch": 2}, False),
+        ({"batch": 2}, True),
+        ({"batch": 3}, False),
         ({"length": 319}, False),
         ({"length": 320}, True),
         ({"states": 8}, False),

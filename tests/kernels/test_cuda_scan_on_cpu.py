@@ -52,8 +52,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 class Layer:
     """Inputs of both directions of a layer, in numpy, and the sizes that go with them."""
 
-    def __init__(self, length: int, channels: int, io: str, batch: int = 1) -> None:
+    def __init__(self, length: int, channels: int, io: str, batch: int = 1, softplus: bool = True) -> None:
         random = np.random.default_rng(length)
+        self.softplus = softplus
         self.io, self.sizes = {"fp32": np.float32, "fp16": np.float16}[io], (batch, length, channels)
 
         def normal(*shape: int, dtype: type = self.io) -> np.ndarray:
@@ -73,7 +74,7 @@ class Layer:
     def params(self, y: np.ndarray, sides: str) -> Params:
         batch, length, channels = self.sizes
         p = Params(batch=batch, length=length, channels=channels, states=16, groups=1, channels_per_group=channels)
-        p.pair, p.reverse, p.delta_softplus = len(sides) == 2, sides == "b", 1
+        p.pair, p.reverse, p.delta_softplus = len(sides) == 2, sides == "b", self.softplus
         p.state_granule = 4 * y.itemsize
         p.y, p.y_batch, p.y_token = y.ctypes.data, length * channels, channels
         z, size = self.inputs["z"], y.itemsize
@@ -98,7 +99,8 @@ class Layer:
         channels, x = self.sizes[2], self.inputs[f"x_{sides}"]
         own = {name: self.inputs[f"{name}_{sides}"] for name in ("u", "delta", "A", "D", "delta_bias")}
         rows = {"B": x[..., None, -32:-16], "C": x[..., None, -16:]}
-        return golden.selective_scan_f64(**own, **rows, z=self.inputs["z"][..., channels:], reverse=sides == "b")
+        flags = {"delta_softplus": self.softplus, "reverse": sides == "b"}
+        return golden.selective_scan_f64(**own, **rows, **flags, z=self.inputs["z"][..., channels:])
 
     def run(self, library: ctypes.CDLL, variant: tuple[int, ...], sides: str, order: int) -> np.ndarray:
         y = np.full(self.sizes, np.nan, self.io)
@@ -145,6 +147,18 @@ def test_fp32_and_single_directions(library: ctypes.CDLL, form: tuple[int, ...],
     results = [layer.run(library, form, sides, order) for order in (0, 1)]
     assert relative_rms(results[0], layer.want(sides)) < TOLERANCE["fp32"]
     np.testing.assert_array_equal(*results)
+
+
+def test_without_softplus_what_was_forgotten_comes_back(library: ctypes.CDLL) -> None:
+    """A chunk whose Delta sums to -32, then to 32: seen from its end its first tokens count as much as its last."""
+    form = (STATES, 16, 4, 32, 2, 0, 1, 2)
+    assert form in FORMS
+    layer = Layer(512, form[1], "fp32", softplus=False)
+    layer.inputs["A_f"][:], layer.inputs["delta_bias_f"][:] = -1, 0
+    layer.inputs["delta_f"][:, :128], layer.inputs["delta_f"][:, 128:256] = -0.25, 0.25
+    layer.inputs["delta_f"][:, 256:] = 0.001
+    y, want = layer.run(library, form, "f", 0), layer.want("f")
+    assert relative_rms(y[:, 256:], want[:, 256:]) < 1e-4
 
 
 def test_a_missing_barrier_is_found(tmp_path: Path) -> None:

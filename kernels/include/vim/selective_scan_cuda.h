@@ -47,9 +47,9 @@ typedef struct vim_scan_variant {
   int32_t tokens;   /* lanes: tokens a lane (13, 16); states: tokens a tile */
   int32_t split;    /* lanes: warps that share a row's states (1, 2, 4); states: tokens of a tile a helper thread has */
   int32_t cluster;  /* lanes: 1 = the two directions are two blocks of a cluster (sm_90 and later) */
-  int32_t rows;     /* states: rows that a lane walks side by side (1, 2) */
-  int32_t chunks;   /* states: parts of the sequence that are scanned side by side, after a pass over all but y that
-                       tells what states each begins with; 1: none. Above 1 only with a workspace. */
+  int32_t rows;     /* states: rows that a lane walks side by side (1, 2, 3) */
+  int32_t chunks;   /* states: parts of the sequence that are scanned side by side, after a launch that works out what
+                       states each begins with; 1: none. Above 1 only with a workspace. */
 } vim_scan_variant;
 
 vim_scan_variant vim_selective_scan_choose_variant(const vim_selective_scan_desc* desc, int sm);
