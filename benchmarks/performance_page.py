@@ -25,8 +25,8 @@ from vimdeploy.bench.results import Results, Row  # noqa: E402
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
 NETWORK = RESULTS / "network-h200-fp16.json"
-#: the most important cases again, with later kernels: from the older to the newer run
-LATER = (RESULTS / "network-h200-fp16-later.json", RESULTS / "network-h200-fp16-latest.json")
+#: batch 8 at every size, of an earlier day and its kernels
+SWEEP = RESULTS / "network-h200-fp16-sweep.json"
 SCAN = RESULTS / "scan-h200-fp16.json"
 TUNE = RESULTS / "scan-tune-h200.json"
 FUSED = RESULTS / "fused-h200.json"
@@ -35,9 +35,9 @@ CPU = RESULTS / "cpu-epyc.json"
 _TIMES = "\N{MULTIPLICATION SIGN}"
 
 
-def _network() -> tuple[dict[str, Any], Results] | None:
-    values = pages.read(NETWORK)
-    return None if values is None else (values, Results.from_dict(values, str(NETWORK)))
+def _network(path: Path) -> tuple[dict[str, Any], Results] | None:
+    values = pages.read(path)
+    return None if values is None else (values, Results.from_dict(values, str(path)))
 
 
 _OURS = "on vimdeploy's kernels"
@@ -45,50 +45,22 @@ _NETWORK_COMMAND = "python benchmarks/network.py -o benchmarks/results/network-h
 
 
 def network_table() -> str:
-    """Issue by issue: the figure, of the whole run and of the last later one that has it, the bar, the aim."""
-    found = _network()
+    """The figures that were asked for, the bar, the aim."""
+    found = _network(NETWORK)
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
-    later = _later(found[0])
     rows = []
     for entry in found[0]["table"]:
-        last = later.get(entry["name"], entry)
-        values = [entry["value"], later[entry["name"]]["value"] if entry["name"] in later else None]
-        verdict = "aim reached" if last["aim_reached"] else "" if last["held"] else "**missed**"
-        bars = (f"{entry['least']:g}", f"{entry['aim']:g}")
-        cells = ["-" if value is None else f"{value:.2f}" for value in values]
-        rows.append((entry["name"], *cells, *bars, "not measured" if last["value"] is None else verdict))
-    return pages.table(("", "all in one run", "later", "at least", "aim", ""), rows)
-
-
-def _later(first: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The figures of later runs that had all contenders of the first; of the last run that has them.
-
-    And only where those that are not ours ran as they did then, within a tenth: else the host or its card was another.
-    """
-
-    def times(run: dict[str, Any], model: str, px: str, batch: str) -> dict[str, float]:
-        case = (int(batch), int(px))
-        rows = [row for row in run["rows"] if (row["batch"], row["img_size"][0]) == case and not row.get("failed")]
-        return {row["contender"]: row["ms"] for row in rows if row["model"].endswith(f"-{model}")}
-
-    def whole(run: dict[str, Any], name: str) -> bool:
-        case = re.match(r"Vim-(\w+), (\d+) px, B (\d+)", name)
-        if case is None:
-            return True
-        then, now = times(first, *case.groups()), times(run, *case.groups())
-        others = [who for who in then if _OURS not in who]
-        return then.keys() <= now.keys() and all(abs(now[who] / then[who] - 1) < 0.1 for who in others)
-
-    found = {}
-    for run in filter(None, map(pages.read, LATER)):
-        found |= {e["name"]: e for e in run["table"] if e["value"] is not None and whole(run, e["name"])}
-    return found
+        verdict = "aim reached" if entry["aim_reached"] else "" if entry["held"] else "**missed**"
+        value, bars = entry["value"], (f"{entry['least']:g}", f"{entry['aim']:g}")
+        rows.append((entry["name"], "-", *bars, "not measured") if value is None else
+                    (entry["name"], f"{value:.2f}", *bars, verdict))  # fmt: skip
+    return pages.table(("", "measured", "at least", "aim", ""), rows)
 
 
 def network_rows() -> str:
     """Milliseconds and memory of every contender, case by case."""
-    found = _network()
+    found = _network(NETWORK)
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
     results = found[1]
@@ -107,9 +79,9 @@ def network_rows() -> str:
 
 def network_crossover() -> str:
     """How many times faster Vim is at each image size, and from which size on it is the faster one."""
-    found = _network()
+    found = _network(SWEEP)
     if found is None:
-        return pages.not_yet(_NETWORK_COMMAND)
+        return pages.not_yet("python benchmarks/network.py --only sweep --only 1248 -o ...")
     values, results = found
     times = {(row.contender, row.img_size[0]): row.ms for row in results.rows if row.batch == 8 and row.ms}
     rows, sizes = [], sorted({px for _, px in times})
@@ -119,35 +91,31 @@ def network_crossover() -> str:
             pairs = [[times.get((name, px)) for name in names] for px in sizes]
             cells = [f"{theirs / ours:.2f}" if ours and theirs else "-" for ours, theirs in pairs]
             rows.append((f"Vim-{model}", f"DeiT {other}", *cells))
-    text = pages.table(("model", "against", *(f"{px} px" for px in sizes)), rows)
+    text = f"\n{_source(SWEEP, values)}.\n"
+    text += pages.table(("model", "against", *(f"{px} px" for px in sizes)), rows)
     for entry in values["crossovers"]:
         where = f"{entry['px']:.0f} px, batch {entry['batch']}"
         text += f"{entry['model']} overtakes DeiT ({entry['against']}) at {where}.\n\n"
     return text
 
 
+def _source(path: Path, values: dict[str, Any]) -> str:
+    host = values["host"]
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
+    told = f"`benchmarks/results/{path.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
+    return "; ".join((f"{told}commit {host['commit']}, {host['date']}", *values["notices"]))
+
+
 def network_host() -> str:
-    found = _network()
+    found = _network(NETWORK)
     if found is None:
         return pages.not_yet(_NETWORK_COMMAND)
-    host = found[0]["host"]
-    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     parity = "; ".join(
         f"{entry['model']} {entry['px']} px {entry['dtype']}: "
         + (f"max abs {entry['max_abs']:.1e}" if entry["dtype"] == "float32" else f"rel rms {entry['rel_rms']:.1e}")
         for entry in found[0]["parity"]
     )
-    text = (
-        f"\n`benchmarks/results/{NETWORK.name}`: {host['card']['name']}, driver {host['card']['driver']}, {versions}, "
-        f"commit {host['commit']}, {host['date']}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
-    )
-    for path in LATER:
-        if (later := pages.read(path)) is not None:
-            text += (
-                f"`benchmarks/results/{path.name}`: a host of the same kind, commit {later['host']['commit']}, "
-                f"{later['host']['date']}; {'; '.join(later['notices'])}.\n\n"
-            )
-    return text
+    return f"\n{_source(NETWORK, found[0])}. Before anything was timed, against the fp32 reference: {parity}.\n\n"
 
 
 def scan() -> str:
@@ -260,7 +228,7 @@ REGIONS: dict[str, Callable[[], str]] = {
 
 def figures() -> dict[str, str]:
     """README's two figures, Vim-Ti at batch 8, as SVG by file name; none before there are results."""
-    found = _network()
+    found = _network(SWEEP)
     if found is None:
         return {}
     from vimdeploy.report.plots import LATENCY, MEMORY, curves_svg, has_curve

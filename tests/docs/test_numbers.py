@@ -142,10 +142,10 @@ def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch
     path = tmp_path / "network.json"
     path.write_text(json.dumps(values))
     monkeypatch.setattr(script, "NETWORK", path)
-    monkeypatch.setattr(script, "LATER", (tmp_path / "later.json",))
+    monkeypatch.setattr(script, "SWEEP", path)
     table = script.network_table()
-    assert "| a figure | 1.26 | - | 1 | 1.4 |  |" in table and "| a figure | 1.26 | - | 1 | 1.4 | **missed** |" in table
-    assert "| a figure | - | - | 1 | 1.4 | not measured |" in table
+    assert "| a figure | 1.26 | 1 | 1.4 |  |" in table and "| a figure | 1.26 | 1 | 1.4 | **missed** |" in table
+    assert "| a figure | - | 1 | 1.4 | not measured |" in table
     cases = script.network_rows()
     assert "| 1248 px, batch 8 | Vim-Ti on vimdeploy's kernels | 9.88 | 9.50 | 842 | 376 |" in cases
     assert "| 512 px, batch 8 | Vim-Ti on vimdeploy's kernels | failed |" in cases
@@ -156,31 +156,3 @@ def test_the_pages_tables_come_out_of_a_results_file(tmp_path: Path, monkeypatch
     assert "Vim-Ti overtakes DeiT (flash) at 1140 px, batch 8." in crossing
     host = script.network_host()
     assert "H100, driver 580, torch 2, commit c, d" in host and "rel rms 7.1e-04" in host
-
-
-def test_a_later_run_counts_only_where_it_had_all_contenders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = page_scripts.load("performance_page")
-
-    def run(value: float, rows: list[tuple[str, str, int]], ms: float = 9.0) -> dict[str, object]:
-        entry = {"least": 1.0, "aim": 1.4, "value": value, "held": value >= 1, "aim_reached": value >= 1.4}
-        return {
-            "format": 1, "host": {}, "settings": {}, "notices": [],
-            "table": [{**entry, "name": f"Vim-{m}, 1248 px, B 8: speed over DeiT flash"} for m in ("Ti", "S")],
-            "rows": [
-                {"contender": who, "model": f"DeiT-{model}", "batch": batch, "img_size": [1248, 1248], "ms": ms}
-                for who, model, batch in rows
-            ],
-        }  # fmt: skip
-
-    first = [("flash", "Ti", 8), ("flash", "S", 8), ("compile", "S", 8), ("flash", "S", 1)]
-    runs = {"NETWORK": run(0.8, first), "LATER": run(0.9, first[:2]), "LATEST": run(1.1, first[:1])}
-    runs["SLOW"] = run(1.9, first, ms=10.0)  # a tenth slower than then
-    for name, values in runs.items():
-        (tmp_path / name).write_text(json.dumps(values))
-    monkeypatch.setattr(
-        script, "LATER", (tmp_path / "LATER", tmp_path / "none", tmp_path / "LATEST", tmp_path / "SLOW")
-    )
-    monkeypatch.setattr(script, "_network", lambda: (script.pages.read(tmp_path / "NETWORK"), None))
-    table = script.network_table()
-    assert "Vim-Ti, 1248 px, B 8: speed over DeiT flash | 0.80 | 1.10 | 1 | 1.4 |  |" in table
-    assert "Vim-S, 1248 px, B 8: speed over DeiT flash | 0.80 | - | 1 | 1.4 | **missed** |" in table
