@@ -29,10 +29,16 @@ SCAN: Replaced = {
             r"auto& shared = *reinterpret_cast<\1(*)[2]>(shared_memory);",
         ),
     ),
-    "cuda/lanes.cuh": (
+    "cuda/launch.cuh": (
         _LAUNCH,
         _ATTRIBUTE,
         _ERROR,
+        (
+            r"return cudaLaunchKernelEx\(&config, kernel, args...\);",
+            "emulated::Launch(kernel, config.gridDim.x, threads, shared, args...); return cudaSuccess;",
+        ),
+    ),
+    "cuda/lanes.cuh": (
         (
             r"asm volatile\(\s*\"\{ \.reg \.pred in; \.reg \.f32 d(?s:.*?)\"r\"\(offset\)\);",
             "emulated::ScanStep(decay, state, offset);",
@@ -40,20 +46,6 @@ SCAN: Replaced = {
         (
             r"asm volatile\(\s*\"\{ \.reg \.pred in; \.reg \.f32 v(?s:.*?)\"r\"\(offset\)\);",
             "emulated::FromLaneBefore(value, first, offset);",
-        ),
-        (
-            r"return cudaLaunchKernelEx\(&config, kernel, params, shape\);",
-            "emulated::Launch(kernel, config.gridDim.x, threads, shared, params, shape); return cudaSuccess;",
-        ),
-    ),
-    "cuda/carries.cuh": (_LAUNCH, _ERROR),
-    "cuda/states.cuh": (
-        _LAUNCH,
-        _ATTRIBUTE,
-        _ERROR,
-        (
-            r"return cudaLaunchKernelEx\(&config, kernel, params\);",
-            "emulated::Launch(kernel, config.gridDim.x, threads, shared, params); return cudaSuccess;",
         ),
     ),
 }
@@ -88,9 +80,9 @@ def _compiled(folder: Path, replaced: Replaced, changes: Replaced, sources: list
     headers = [each for each in (*headers, Path("/usr/local/cuda/include")) if (each / "cuda_fp16.h").is_file()]
     if not headers or compiler is None:
         pytest.skip("no CUDA headers, or no g++")
-    for name, replacements in replaced.items():
+    for name in {**replaced, **changes}:
         text = (ROOT / "kernels" / name).read_text()
-        for pattern, replacement in (*replacements, *changes.get(name, ())):
+        for pattern, replacement in (*replaced.get(name, ()), *changes.get(name, ())):
             text, count = re.subn(pattern, replacement, text)
             assert count, f"{name} has nothing like {pattern}"
         (folder / name).parent.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@
 
 #include "cuda/choose_variant.h"
 #include "cuda/copy.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/params.h"
 #include "cuda/warp.cuh"
@@ -202,12 +203,8 @@ template <typename IO>
 cudaError_t LaunchCarries(const Params& params, cudaStream_t stream) {
   const int channel_blocks = (params.channels + StatesSizes::kCarryChannels - 1) / StatesSizes::kCarryChannels;
   const int64_t blocks = int64_t{channel_blocks} * params.batch * (params.chunks - 1) << params.pair;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  constexpr size_t shared = sizeof(CarriesShared<IO>);
-  static_assert(shared <= 48 * 1024, "what a block may have without asking");
-  constexpr int threads = 32 * CarriesShared<IO>::kQuads;
-  ScanCarries<IO><<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(ScanCarries<IO>, Launch::kAlone, blocks, 32 * CarriesShared<IO>::kQuads,
+                      sizeof(CarriesShared<IO>), stream, params);
 }
 
 }  // namespace vim::cuda

@@ -20,6 +20,7 @@
 
 #include "cuda/choose_variant.h"
 #include "cuda/copy.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/params.h"
 
@@ -409,31 +410,10 @@ cudaError_t LaunchLanesAs(const Params& params, const LaneShape& shape, cudaStre
   const size_t shared = shape.directions * Shared::Bytes(shape.split);
   const int64_t blocks =
       int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (shape.cluster ? 2 : 1);
-  if (blocks > INT32_MAX || threads > kLanesMaxThreads) return cudaErrorInvalidConfiguration;
-  const auto kernel = LanesScan<IO, kTokens, kLanes, kChannels>;
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
-#if CUDART_VERSION >= 11080  // those before know no card that has clusters
-  if (shape.cluster) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = static_cast<unsigned>(blocks);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaLaunchAttribute cluster = {};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = 2;
-    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, params, shape);
-  }
-#endif
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params, shape);
-  return cudaGetLastError();
+  if (threads > kLanesMaxThreads) return cudaErrorInvalidConfiguration;
+  return LaunchKernel(LanesScan<IO, kTokens, kLanes, kChannels>,
+                      shape.cluster ? Launch::kBlocksInPairs : Launch::kAlone, blocks, threads, shared, stream, params,
+                      shape);
 }
 
 template <typename IO>

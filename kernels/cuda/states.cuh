@@ -26,6 +26,7 @@
 
 #include "cuda/carries.cuh"
 #include "cuda/choose_variant.h"
+#include "cuda/launch.cuh"
 #include "cuda/math.cuh"
 #include "cuda/params.h"
 #include "cuda/warp.cuh"
@@ -555,31 +556,10 @@ cudaError_t LaunchStatesAs(const Params& params, int sm, cudaStream_t stream) {
   const size_t shared = directions * kBytes;
   const int64_t blocks =
       int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (kResumes ? params.chunks : 1);
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  const auto kernel = StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kResumes>;
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return error;
-  }
   const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, directions);
-#if CUDART_VERSION >= 11080  // those before know no card that can
-  if (kResumes && sm >= 90) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = static_cast<unsigned>(blocks);
-    config.blockDim = static_cast<unsigned>(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    return cudaLaunchKernelEx(&config, kernel, params);
-  }
-#endif
-  kernel<<<static_cast<unsigned>(blocks), threads, shared, stream>>>(params);
-  return cudaGetLastError();
+  return LaunchKernel(StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kResumes>,
+                      kResumes && sm >= 90 ? Launch::kBesideTheBefore : Launch::kAlone, blocks, threads, shared, stream,
+                      params);
 }
 
 // `sm` is the device's compute capability, as Choose has it.

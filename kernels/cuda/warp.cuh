@@ -1,4 +1,4 @@
-// What lanes of a warp work out together, and what launches do.
+// What lanes of a warp work out together.
 #ifndef VIM_KERNELS_CUDA_WARP_CUH_
 #define VIM_KERNELS_CUDA_WARP_CUH_
 
@@ -24,19 +24,6 @@ __device__ __forceinline__ float SumOfLanesUpTo(float x, int lane) {
     if (lane >= apart) x += before;
   }
   return x;
-}
-
-// Blocks of a launch that is made to overlap may begin as soon as all of the launch before have let them, and there is
-// room; they wait where they need what it wrote.
-__device__ __forceinline__ void LetNextLaunchBegin() {
-#if __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-#endif
-}
-__device__ __forceinline__ void WaitForLaunchBefore() {
-#if __CUDA_ARCH__ >= 900
-  cudaGridDependencySynchronize();
-#endif
 }
 
 }  // namespace vim::cuda
