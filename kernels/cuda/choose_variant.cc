@@ -49,9 +49,9 @@ constexpr struct {
 };
 
 struct StatesInstance {
-  int lanes, channels, tile, items, rows;
+  int lanes, channels, tile, items, rows, apart;
 };
-#define VIM_STATES(lanes, channels, tile, items, rows, blocks) {lanes, channels, tile, items, rows},
+#define VIM_STATES(lanes, channels, tile, items, rows, apart, blocks) {lanes, channels, tile, items, rows, apart},
 constexpr StatesInstance kStatesInstances[] = {VIM_STATES_INSTANCES(VIM_STATES)};
 constexpr StatesInstance kChunkedInstances[] = {VIM_STATES_CHUNKED(VIM_STATES)};
 #undef VIM_STATES
@@ -60,7 +60,7 @@ template <size_t kCount>
 bool IsOneOf(const StatesInstance (&instances)[kCount], const vim_scan_variant& variant) {
   for (const StatesInstance& each : instances)
     if (each.lanes == variant.lanes && each.channels == variant.channels && each.tile == variant.tokens &&
-        each.items == variant.split && each.rows == variant.rows)
+        each.items == variant.split && each.rows == variant.rows && each.apart == variant.apart)
       return true;
   return false;
 }
@@ -97,8 +97,8 @@ bool CanRun(const vim_scan_variant& variant, const Sizes& sizes, int sm) {
   if (sizes.row_alignment < LanesSizes::Piece(variant.channels, sizes.element_bytes) * sizes.element_bytes)
     return false;
   if (sizes.groups != 1 && per_group % variant.channels != 0) return false;
-  if (variant.cluster && (!sizes.pair || sm < 90)) return false;
-  const int directions = sizes.pair && !variant.cluster ? 2 : 1;
+  if (variant.apart && (!sizes.pair || sm < 90)) return false;
+  const int directions = sizes.pair && !variant.apart ? 2 : 1;
   if (directions * variant.split * variant.channels * variant.lanes > kLanesMaxThreads) return false;
   return directions *
              LanesSizes::Bytes(variant.tokens, variant.lanes, variant.channels, variant.split, sizes.element_bytes) <=
@@ -114,7 +114,7 @@ vim_scan_variant Choose(const Sizes& sizes, int sm) {
   double best_distance = INFINITY;
   const auto consider = [&](const Point& point) {
     vim_scan_variant variant = point.variant;
-    if (!sizes.pair || sm < 90) variant.cluster = 0;
+    if (variant.form == VIM_SCAN_LANES && (!sizes.pair || sm < 90)) variant.apart = 0;
     if (!CanRun(variant, sizes, sm)) return;
     // Taking the next measured length costs padding, taking other rows costs balance: neither weighs more.
     const double distance = std::abs(rows - std::log2(static_cast<double>(point.rows))) +

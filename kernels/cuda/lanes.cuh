@@ -418,7 +418,7 @@ cudaError_t LaunchLanesAs(const Params& params, const LaneShape& shape, cudaStre
 
 template <typename IO>
 cudaError_t LaunchLanes(const Params& params, const vim_scan_variant& variant, cudaStream_t stream) {
-  const LaneShape shape = {variant.split, params.pair && !variant.cluster ? 2 : 1, variant.cluster};
+  const LaneShape shape = {variant.split, params.pair && !variant.apart ? 2 : 1, variant.apart};
 #define VIM_LANES(tokens_, lanes_, channels_)                                                \
   if (variant.tokens == tokens_ && variant.lanes == lanes_ && variant.channels == channels_) \
     return LaunchLanesAs<IO, tokens_, lanes_, channels_>(params, shape, stream);

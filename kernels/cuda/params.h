@@ -49,7 +49,7 @@ struct Carry {
 struct LaneShape {
   int split;       // as vim_scan_variant
   int directions;  // in one block
-  int cluster;     // as vim_scan_variant
+  int cluster;     // vim_scan_variant's apart
 };
 
 template <typename IO>

@@ -7,8 +7,9 @@
 //
 // Everything that is not the recurrence is done by helper warps of the same block, a tile ahead or a tile behind: B and
 // C to fp32 and transposed, Delta through its softplus, Delta u; then D u, the partner's part, the gate and the
-// rounding. Scanning warps and helpers meet at one barrier a tile. Helpers ask for what they need from global memory
-// long before they use it: u, Delta, B and C a step ahead, the rest before they prepare.
+// rounding. B and C may have warps of their own (kApart). Scanning warps and helpers meet at one barrier a tile.
+// Helpers ask for what they need from global memory long before they use it: u, Delta, B and C a step ahead, the rest
+// before they prepare.
 //
 //   step i:   scanning warps   tile i
 //             helpers          ask for the late of i - 1;  prepare i + 1;  finish i - 1;  ask for the early of i + 2
@@ -43,12 +44,10 @@ struct Chunk {
 
 // What a direction keeps in shared memory. What is there twice is scanned for one tile while the next is prepared and
 // the last is finished. Rows are tokens in walking order.
-template <int kChannels, int kTile, int kItems>
+template <int kChannels, int kTile>
 struct alignas(16) StatesShared {
   static constexpr int kPitch = kTile + StatesSizes::kPad;
   static constexpr int kQuads = kChannels / 4, kQuadPitch = StatesSizes::QuadPitch(kChannels, kTile);
-  static constexpr int kHelpers = StatesSizes::Helping(kChannels, kTile, kItems);
-  static constexpr int kStateItems = StatesSizes::StateItems(kChannels, kTile, kItems);
   float states[2][2 * kStates][kPitch];  // B, then C
   float step[2][kQuads][kQuadPitch];     // Delta, of four channels each
   float gain[2][kQuads][kQuadPitch];     // Delta u
@@ -266,18 +265,39 @@ __device__ __forceinline__ void ScanTiles(const Direction& direction, bool rever
   }
 }
 
+// Of a direction. Classes, where nvcc computes host constants that a kernel may then use.
+template <int kLanes, int kChannels, int kRows>
+struct StatesScanners {
+  static constexpr int kThreads = StatesSizes::Scanning(kLanes, kChannels, kRows);
+  static_assert(kThreads % 32 == 0, "whole warps");
+};
+template <int kChannels, int kTile, int kItems, bool kApart>
+struct StatesHelpers {
+  static constexpr int kThreads = StatesSizes::Helping(kChannels, kTile, kItems);
+  static constexpr int kStateThreads = StatesSizes::StateHelping(kChannels, kTile, kItems, kApart);
+  static constexpr int kStateItems = StatesSizes::StateItems(kChannels, kTile, kItems, kApart);
+  static_assert(kThreads % 32 == 0, "whole warps");
+};
+
+// What a helper has a part in: rows of u, Delta, z and y, or B and C, or both.
+enum class Help { kAll, kRows, kStates };
+
 // The helpers' part: kItems times four channels of a token, and kStateItems times four states of four tokens, a thread.
-template <typename IO, int kChannels, int kTile, int kItems>
+// `thread` counts within the direction's helpers of this kind.
+template <typename IO, int kChannels, int kTile, int kItems, Help kHelp>
 __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Direction& direction, bool reverse,
-                                                 StatesShared<kChannels, kTile, kItems>& shared, int thread,
-                                                 int first_channel, const Chunk& chunk, int middle) {
+                                                 StatesShared<kChannels, kTile>& shared, int thread, int first_channel,
+                                                 const Chunk& chunk, int middle) {
   const int tiles = chunk.tiles;
   const int64_t batch = chunk.batch;
   using E = Element<IO>;
   using Bits = typename E::Bits;
   using Bits4 = typename E::Bits4;
   constexpr int kPieces = kChannels / 4;
-  constexpr int kThreads = shared.kHelpers, kStateItems = shared.kStateItems;
+  constexpr bool kHasRows = kHelp != Help::kStates, kHasStates = kHelp != Help::kRows, kApart = kHelp != Help::kAll;
+  using Helpers = StatesHelpers<kChannels, kTile, kItems, kApart>;
+  constexpr int kThreads = Helpers::kThreads;
+  constexpr int kStateThreads = Helpers::kStateThreads, kStateItems = Helpers::kStateItems;
   constexpr int kRowStep = kThreads / kPieces;
   constexpr bool kFloat32 = std::is_same_v<IO, float>;
   static_assert(kTile * kPieces % kItems == 0 && kThreads % 32 == 0 && kTile % 32 == 0);
@@ -287,7 +307,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   const int channel = first_channel + piece;
   const bool inside = channel < p.channels;
   const int first_row = thread / kPieces;
-  for (int c = thread; c < kChannels; c += kThreads) {
+  for (int c = thread; kHasRows && c < kChannels; c += kThreads) {
     const bool exists = first_channel + c < p.channels;
     shared.skip[c] = exists && direction.D ? direction.D[first_channel + c] : 0.0f;
     shared.bias[c] = exists && direction.delta_bias ? direction.delta_bias[first_channel + c] : 0.0f;
@@ -301,9 +321,11 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   // tile.
   const int tail = chunk.length - (tiles - 1) * kTile;
   const int ragged = Keep(tail == kTile ? -1 : reverse ? 0 : tiles - 1);
-  auto four_of = [&](int j) { return (thread + j * kThreads) / 4 % 8; };
-  auto states_row = [&](int j) { return ((thread + j * kThreads) / 32 * 4 + thread % 4) * 4; };
-  auto has_states = [&](int j) { return (j + 1) * kThreads <= 2 * kTile || thread + j * kThreads < 2 * kTile; };
+  auto four_of = [&](int j) { return (thread + j * kStateThreads) / 4 % 8; };
+  auto states_row = [&](int j) { return ((thread + j * kStateThreads) / 32 * 4 + thread % 4) * 4; };
+  auto has_states = [&](int j) {
+    return kHasStates && ((j + 1) * kStateThreads <= 2 * kTile || thread + j * kStateThreads < 2 * kTile);
+  };
   auto in_ragged = [&](int row) { return reverse ? row >= kTile - tail : row < tail; };
   uint32_t own_rows = 0, own_states = 0;
 #pragma unroll
@@ -358,7 +380,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
     const uint32_t rows = !exists ? 0 : walk == ragged ? own_rows : all_rows;
     const uint32_t tokens = !exists ? 0 : walk == ragged ? own_states : ~0u;
 #pragma unroll
-    for (int j = 0; j < kItems; ++j) {
+    for (int j = 0; kHasRows && j < kItems; ++j) {
       if (rows >> j & 1) {
         early_u[j] = *reinterpret_cast<const Bits4*>(u);
         early_delta[j] = *reinterpret_cast<const Bits4*>(delta);
@@ -389,6 +411,7 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
       for (int t = 0; t < 4; ++t) value[t] = E::ToFloat4(early_states[j][t]);
       StoreTransposed(&shared.states[buffer][four_of(j) * 4][states_row(j)], shared.kPitch, value);
     }
+    if (!kHasRows) return;
     const float4 bias = *reinterpret_cast<const float4*>(&shared.bias[piece]);
     float step[kItems][4];
 #pragma unroll
@@ -482,6 +505,13 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
     const int done = walk - 1;
     const uint32_t rows = done == ragged ? own_rows : all_rows;
     const bool meets = done == middle;
+    if (!kHasRows) {
+      if (walk + 1 < tiles) prepare(walk + 1);
+      if (meets) __syncthreads();
+      load_early(walk + 2);
+      __syncthreads();
+      continue;
+    }
     if (done >= 0) {
       load_late(p.z && done >= first_tiles, rows);
       if (p.pair && done >= first_tiles && !meets) load_other(rows);
@@ -500,17 +530,13 @@ __device__ __forceinline__ void PrepareAndFinish(const Params& p, const Directio
   }
 }
 
-template <int kLanes, int kChannels, int kRows>
-struct StatesThreads {  // a class, where nvcc computes host constants that a kernel may then use
-  static constexpr int kScanning = StatesSizes::Scanning(kLanes, kChannels, kRows);
-  static_assert(kScanning % 32 == 0, "whole warps");
-};
-
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, bool kResumes>
-__global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, 2), kBlocks)
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kApart, int kBlocks,
+          bool kResumes>
+__global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, kApart, 2), kBlocks)
     StatesScan(const __grid_constant__ Params p) {
-  using Shared = StatesShared<kChannels, kTile, kItems>;
-  constexpr int kScanning = StatesThreads<kLanes, kChannels, kRows>::kScanning, kHelping = Shared::kHelpers;
+  using Shared = StatesShared<kChannels, kTile>;
+  constexpr int kScanning = StatesScanners<kLanes, kChannels, kRows>::kThreads;
+  constexpr int kHelping = StatesHelpers<kChannels, kTile, kItems, kApart != 0>::kThreads;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   Shared* const shared = reinterpret_cast<Shared*>(shared_memory);
 
@@ -539,25 +565,32 @@ __global__ void __launch_bounds__(StatesSizes::Threads(kLanes, kChannels, kTile,
     ScanTiles<IO, kLanes, kChannels, kTile, kRows, kResumes>(p.direction[side], reverse, p.channels, shared[side],
                                                              Keep(thread - side * kScanning), first_channel, chunk,
                                                              middle);
-  } else {
+  } else if (const int helpers = kHelping << p.pair; !kApart || thread < scanning + helpers) {
     const int side = Keep(static_cast<int>(thread - scanning >= kHelping));
-    const int helper = Keep(thread - scanning - side * kHelping);
     const bool reverse = Keep(p.pair ? side : p.reverse) != 0;
-    PrepareAndFinish<IO, kChannels, kTile, kItems>(p, p.direction[side], reverse, shared[side], helper, first_channel,
-                                                   chunk, middle);
+    PrepareAndFinish<IO, kChannels, kTile, kItems, kApart ? Help::kRows : Help::kAll>(
+        p, p.direction[side], reverse, shared[side], Keep(thread - scanning - side * kHelping), first_channel, chunk,
+        middle);
+  } else {
+    const int own = thread - scanning - helpers;
+    const int side = Keep(static_cast<int>(own >= kTile));
+    const bool reverse = Keep(p.pair ? side : p.reverse) != 0;
+    PrepareAndFinish<IO, kChannels, kTile, kItems, Help::kStates>(
+        p, p.direction[side], reverse, shared[side], Keep(own - side * kTile), first_channel, chunk, middle);
   }
 }
 
-template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kBlocks, bool kResumes>
+template <typename IO, int kLanes, int kChannels, int kTile, int kItems, int kRows, int kApart, int kBlocks,
+          bool kResumes>
 cudaError_t LaunchStatesAs(const Params& params, int sm, cudaStream_t stream) {
   const int directions = params.pair ? 2 : 1;
   constexpr size_t kBytes = StatesSizes::Bytes(kChannels, kTile);
-  static_assert(sizeof(StatesShared<kChannels, kTile, kItems>) == kBytes, "one formula");
+  static_assert(sizeof(StatesShared<kChannels, kTile>) == kBytes, "one formula");
   const size_t shared = directions * kBytes;
   const int64_t blocks =
       int64_t{(params.channels + kChannels - 1) / kChannels} * params.batch * (kResumes ? params.chunks : 1);
-  const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, directions);
-  return LaunchKernel(StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kBlocks, kResumes>,
+  const int threads = StatesSizes::Threads(kLanes, kChannels, kTile, kItems, kRows, kApart, directions);
+  return LaunchKernel(StatesScan<IO, kLanes, kChannels, kTile, kItems, kRows, kApart, kBlocks, kResumes>,
                       kResumes && sm >= 90 ? Launch::kBesideTheBefore : Launch::kAlone, blocks, threads, shared, stream,
                       params);
 }
@@ -566,9 +599,9 @@ cudaError_t LaunchStatesAs(const Params& params, int sm, cudaStream_t stream) {
 template <typename IO>
 cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, int sm, cudaStream_t stream) {
   Params params = given;
-  auto is = [&](int lanes, int channels, int tile, int items, int rows) {
+  auto is = [&](int lanes, int channels, int tile, int items, int rows, int apart) {
     return variant.lanes == lanes && variant.channels == channels && variant.tokens == tile && variant.split == items &&
-           variant.rows == rows;
+           variant.rows == rows && variant.apart == apart;
   };
   const int tiles = (params.length + variant.tokens - 1) / variant.tokens;
   const int chunk_tiles = variant.chunks > 1 ? (tiles + variant.chunks - 1) / variant.chunks : tiles;
@@ -577,16 +610,16 @@ cudaError_t LaunchStates(const Params& given, const vim_scan_variant& variant, i
   if (variant.chunks > 1 && params.chunks > 1) {
     const cudaError_t error = LaunchCarries<IO>(params, stream);
     if (error != cudaSuccess) return error;
-#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_) \
-  if (is(lanes_, channels_, tile_, items_, rows_))                   \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, true>(params, sm, stream);
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, apart_, blocks_) \
+  if (is(lanes_, channels_, tile_, items_, rows_, apart_))                   \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, apart_, blocks_, true>(params, sm, stream);
     VIM_STATES_CHUNKED(VIM_STATES)
 #undef VIM_STATES
     return cudaErrorInvalidValue;
   }
-#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, blocks_) \
-  if (is(lanes_, channels_, tile_, items_, rows_))                   \
-    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, blocks_, false>(params, sm, stream);
+#define VIM_STATES(lanes_, channels_, tile_, items_, rows_, apart_, blocks_) \
+  if (is(lanes_, channels_, tile_, items_, rows_, apart_))                   \
+    return LaunchStatesAs<IO, lanes_, channels_, tile_, items_, rows_, apart_, blocks_, false>(params, sm, stream);
   VIM_STATES_INSTANCES(VIM_STATES)
 #undef VIM_STATES
   return cudaErrorInvalidValue;

@@ -24,7 +24,7 @@ _i64, _i32, _f32, _ptr = ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.
 class Variant(ctypes.Structure):
     """vim_scan_variant."""
 
-    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "cluster", "rows", "chunks")]
+    _fields_ = [(name, _i32) for name in ("form", "channels", "lanes", "tokens", "split", "apart", "rows", "chunks")]
 
     def __str__(self) -> str:
         if self.form == GENERIC:
@@ -33,8 +33,8 @@ class Variant(ctypes.Structure):
             return f"sequential x{self.channels}"
         if self.form == STATES:
             states = f"states {self.lanes} lanes ch{self.channels} tile{self.tokens} items{self.split} rows{self.rows}"
-            return states + (f" chunks{self.chunks}" if self.chunks > 1 else "")
-        return f"lanes {self.lanes}x{self.tokens} ch{self.channels} split{self.split}" + " cluster" * self.cluster
+            return states + " apart" * self.apart + (f" chunks{self.chunks}" if self.chunks > 1 else "")
+        return f"lanes {self.lanes}x{self.tokens} ch{self.channels} split{self.split}" + " cluster" * self.apart
 
     def fields(self) -> tuple[int, ...]:
         return tuple(getattr(self, name) for name, _ in self._fields_)
@@ -48,13 +48,13 @@ def lanes(lanes: int, tokens: int, channels: int = 8, split: int = 1, cluster: i
     return Variant(LANES, channels, lanes, tokens, split, cluster)
 
 
-def states(lanes: int, channels: int, tile: int, items: int, rows: int, chunks: int = 1) -> Variant:
-    return Variant(STATES, channels, lanes, tile, items, 0, rows, chunks)
+def states(lanes: int, channels: int, tile: int, items: int, rows: int, apart: int = 0, chunks: int = 1) -> Variant:
+    return Variant(STATES, channels, lanes, tile, items, apart, rows, chunks)
 
 
-STATES_VARIANTS = [states(*each[:5]) for each in instances("VIM_STATES_INSTANCES")]
+STATES_VARIANTS = [states(*each[:6]) for each in instances("VIM_STATES_INSTANCES")]
 STATES_VARIANTS += [
-    states(*each[:5], chunks) for each in instances("VIM_STATES_CHUNKED") for chunks in (2, 4, 5, 8, 11, 16)
+    states(*each[:6], chunks) for each in instances("VIM_STATES_CHUNKED") for chunks in (2, 4, 5, 8, 11, 16)
 ]
 INSTANCES = [(w, t, c) for t, w, c in instances("VIM_LANES_INSTANCES")]  # (lanes, tokens, channels)
 SINGLE_VARIANTS = [sequential(1), sequential(2)] + [lanes(w, t, c, s) for w, t, c in INSTANCES for s in (1, 2, 4)]

@@ -279,5 +279,6 @@ def test_choice_of_variant(dtype, table):
                 (8, 1, 768),
             ]:
                 variant = chosen(batch, length, channels, sm, pair)
-                assert variant.form != lib.GENERIC and not (variant.cluster and (sm < 90 or not pair))
+                assert variant.form != lib.GENERIC
+                assert not (variant.form == lib.LANES and variant.apart and (sm < 90 or not pair))
     assert chosen(2, 10, 37, 90).form == lib.GENERIC  # rows of 37 channels start on no 4 bytes

@@ -31,9 +31,9 @@ FORMS += [
     if 2 * split * channels * lanes <= MOST_THREADS
 ]
 FORMS += [
-    (STATES, channels, lanes, tile, items, 0, rows, chunks)
+    (STATES, channels, lanes, tile, items, apart, rows, chunks)
     for macro, cuts in (("VIM_STATES_INSTANCES", (1,)), ("VIM_STATES_CHUNKED", (2, 3, 16)))
-    for lanes, channels, tile, items, rows, _ in instances(macro)
+    for lanes, channels, tile, items, rows, apart, _ in instances(macro)
     for chunks in cuts
 ]
 #: The barrier at the tile that both directions come to at once, taken out on all sides.

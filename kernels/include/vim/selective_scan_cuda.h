@@ -46,7 +46,8 @@ typedef struct vim_scan_variant {
   int32_t lanes;    /* lanes, states: lanes a row */
   int32_t tokens;   /* lanes: tokens a lane (13, 16); states: tokens a tile */
   int32_t split;    /* lanes: warps that share a row's states (1, 2, 4); states: tokens of a tile a helper thread has */
-  int32_t cluster;  /* lanes: 1 = the two directions are two blocks of a cluster (sm_90 and later) */
+  int32_t apart;    /* lanes: 1 = the two directions are two blocks of a cluster (sm_90 and later); states: 1 = B and C
+                       have helper warps of their own */
   int32_t rows;     /* states: rows that a lane walks side by side (1, 2, 3) */
   int32_t chunks;   /* states: parts of the sequence that are scanned side by side, after a launch that works out what
                        states each begins with; 1: none. Above 1 only with a workspace. */
