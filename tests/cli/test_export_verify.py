@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +94,19 @@ def test_the_two_commands_of_the_mission_in_an_empty_folder() -> None:
     verified = python(RUN, "verify", "parity")
     assert verified.returncode == 0, verified.stderr
     assert verified.stderr == "" and "pass" in verified.stdout and "FAIL" not in verified.stdout
+
+
+def test_the_commands_that_come_next_can_be_pasted() -> None:
+    """Whatever the path: spaces, brackets that rich would take for markup, and longer than a line."""
+    folder = Path("it's [bold] in here") / ("a" * 100)
+    folder.mkdir(parents=True)
+    shutil.copy("ckpt.pth", folder / "my model.pth")
+    result = call("export", str(folder / "my model.pth"), "-o", str(folder / "my model.vim"), "--no-verify")
+    assert result.exit_code == 0
+    commands = [shlex.split(line) for line in result.stdout.split("Next:\n")[1].splitlines()]
+    assert [words[:2] for words in commands] == [["vimdeploy", name] for name in ("verify", "run", "eval")]
+    assert commands[0][3:] == [str(folder / "my model.pth"), str(folder / "my model.vim")]
+    assert all(Path(words[2]) == folder / "my model.vim" for words in commands[1:])
 
 
 def test_export_json_is_all_of_stdout() -> None:

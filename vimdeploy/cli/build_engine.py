@@ -202,8 +202,8 @@ def _print(result: BuildResult) -> None:
             ]
         )
     )
-    console.print(f"\nWrote [bold]{render.shown(result.plan)}[/bold] and {result.plan.name}.json. Next:")
-    console.print("  vimdeploy verify parity" + ("" if result.plan.parent.suffix == ".vim" else f" {result.plan}"))
+    where = "" if result.plan.parent.suffix == ".vim" else f" {render.typed(result.plan)}"
+    render.wrote(result.plan, f" and {result.plan.name}.json", f"verify parity{where}")
 
 
 def _asked(found: Mapping[str, Any]) -> str:

@@ -141,12 +141,12 @@ def command(
         assert isinstance(report, ParityReport)
         out_.print()
         render.parity(report)
-    out_.print(f"\nWrote [bold]{render.shown(result.path)}[/bold]. Next:")
-    where = "" if result.path.parent == Path() and result.path.suffix == ".vim" else f" {render.shown(result.path)}"
-    out_.print(f"  vimdeploy verify parity{where and f' {checkpoint}{where}'}", highlight=False)
+    where = render.typed(result.path)
+    found = result.path.parent == Path() and result.path.suffix == ".vim"  # by `verify` itself
+    commands = ["verify parity" if found else f"verify parity {render.typed(checkpoint)} {where}"]
     if result.info.output == "logits" and result.info.precision != "bf16":  # bf16 wants another device
-        out_.print(f"  vimdeploy run {render.shown(result.path)} IMAGE...")
-        out_.print(f"  vimdeploy eval {render.shown(result.path)} FOLDER")
+        commands += [f"run {where} IMAGE...", f"eval {where} FOLDER"]
+    render.wrote(result.path, "", *commands)
 
 
 def _labels(path: Path | None) -> tuple[str, ...]:

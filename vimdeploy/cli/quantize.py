@@ -118,10 +118,9 @@ def command(
         return
     console = render.out()
     console.print(render.facts(_facts(result.info.variant, result.report)))
-    where = render.shown(result.path)
-    console.print(f"\nWrote [bold]{escape(where)}[/bold], its report and its calibration. Next:")
-    console.print(f"  vimdeploy eval {escape(where)} FOLDER --against {escape(render.shown(artifact))}")
-    console.print(f"  vimdeploy build-engine --int8 {escape(where)}")
+    where = render.typed(result.path)
+    commands = (f"eval {where} FOLDER --against {render.typed(artifact)}", f"build-engine --int8 {where}")
+    render.wrote(result.path, ", its report and its calibration", *commands)
 
 
 def _facts(variant: str, report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -59,6 +61,19 @@ def shown(path: Path) -> str:
     """A path as a person would type it: relative where it lies below the current folder."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
+
+
+def typed(path: Path) -> str:
+    """A path as it stands in a command to paste."""
+    return shlex.quote(shown(path))
+
+
+def wrote(path: Path, also: str, *commands: str) -> None:
+    """What a command wrote, `also` after its name, and the commands that come next, whole to be pasted."""
+    console = out()
+    console.print(f"\nWrote [bold]{escape(shown(path))}[/bold]{escape(also)}. Next:", soft_wrap=True)
+    for command in commands:
+        console.print(f"  vimdeploy {command}", markup=False, soft_wrap=True)
 
 
 def emit_json(value: Any) -> None:

@@ -41,7 +41,7 @@ def command(
     artifact, images = _split(paths)
     model = resolve_artifact(artifact, plan=runtime == "tensorrt")
     if not images:
-        raise UsageError("no image to classify", hint=f"vimdeploy run {paths[0]} IMAGE...")
+        raise UsageError("no image to classify", hint=f"vimdeploy run {render.typed(paths[0])} IMAGE...")
     with open_session(model, runtime=runtime, library="off" if no_library else "auto", plugin=plugin) as session:
         preprocessing_of(session)  # a model that does not classify is refused before any image is read
         if session.notice:
